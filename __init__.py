@@ -1,15 +1,34 @@
 """NVLM 1.0 on today's transformers.
 
 Importing this package registers its classes, so that transformers' Auto classes load NVLM-D without
-`trust_remote_code`.
+`trust_remote_code`. `__all__` is the public API.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_intern_vit import InternVisionConfig
 from .configuration_nvlm_d import NVLM_D_Config
+from .conversation import get_conv_template
+from .device_map import split_model
 from .modeling_intern_vit import InternVisionModel
 from .modeling_nvlm_d import NVLM_D_Model
+from .preprocessing import build_transform, dynamic_preprocess, find_closest_aspect_ratio, load_image, load_images
+from .video import load_video
+
+__all__ = [
+    "InternVisionConfig",
+    "InternVisionModel",
+    "NVLM_D_Config",
+    "NVLM_D_Model",
+    "build_transform",
+    "dynamic_preprocess",
+    "find_closest_aspect_ratio",
+    "get_conv_template",
+    "load_image",
+    "load_images",
+    "load_video",
+    "split_model",
+]
 
 AutoConfig.register(InternVisionConfig.model_type, InternVisionConfig, exist_ok=True)
 AutoConfig.register(NVLM_D_Config.model_type, NVLM_D_Config, exist_ok=True)

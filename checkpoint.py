@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # The encoder's sizes where a config leaves them out: InternViT-6B-448px-V1-5 (SPEC 1).
 VISION_DEFAULTS = {
@@ -47,6 +47,7 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 50_000_000
 MAX_LAYERS = 1024
+MAX_DIMENSIONS = 64
 
 Shape = tuple[int, ...]
 
@@ -368,17 +369,27 @@ def _tensor_info(entry: Any, *, what: str) -> tuple[TensorInfo, tuple[int, int]]
     """A header's entry, checked, and the span of bytes it claims."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if dtype not in DTYPE_BITS or not _naturals(shape) or not _naturals(span) or len(span) != 2:
+    if (
+        not isinstance(dtype, str)
+        or dtype not in DTYPE_BITS
+        or not _naturals(shape)
+        or not _naturals(span)
+        or len(span) != 2
+    ):
         raise ValueError(f"{what} has a malformed header entry: {printable(str(entry))}.")
     start, stop = span
     num_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if (stop - start) * 8 != num_bits:
-        raise ValueError(f"{what} is {dtype} {tuple(shape)}, {num_bits // 8} bytes, but claims bytes {start} to {stop}.")
+        raise ValueError(
+            f"{what} is {dtype} {tuple(shape)}, {num_bits // 8} bytes, but claims bytes {start} to {stop}."
+        )
     return TensorInfo(dtype, tuple(shape), stop - start), (start, stop)
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def printable(text: str, *, limit: int = 120) -> str:
@@ -605,7 +616,9 @@ def _parents(name: str) -> set[str]:
 
 def _stored_dummy_heads(vision: dict[str, Any], found: dict[str, TensorInfo]) -> int | None:
     """The dummy heads by the width inside the attention, if all layers agree on it."""
-    width, heads = (_size(vision, name, default=VISION_DEFAULTS[name]) for name in ("hidden_size", "num_attention_heads"))
+    width, heads = (
+        _size(vision, name, default=VISION_DEFAULTS[name]) for name in ("hidden_size", "num_attention_heads")
+    )
     projections = [info.shape for name, info in found.items() if name.endswith(".attn.proj.weight")]
     inner = {shape[1] if len(shape) == 2 else 0 for shape in projections}
     if len(inner) != 1:

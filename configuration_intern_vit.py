@@ -83,8 +83,8 @@ class InternVisionConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
         self.use_flash_attn = use_flash_attn
-        super().__init__(**kwargs)
         self._check()
+        super().__init__(**kwargs)
 
     def _check(self) -> None:
         require_positive_int(

@@ -1,5 +1,6 @@
 """The configuration of NVLM-D: a vision encoder, a projector and a decoder (SPEC 1)."""
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
@@ -38,7 +39,8 @@ def decoder_config(values: dict[str, Any] | PretrainedConfig | None) -> Pretrain
         model_type = values.get("model_type", "qwen2")
         named = [name for name, cls in DECODER_CONFIGS.items() if cls.model_type == model_type] or [model_type]
     require(named[0] in DECODER_CONFIGS, "llm_config.architectures", named, f"one of {sorted(DECODER_CONFIGS)}")
-    fields = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+    # A copy, because transformers rewrites nested values such as `rope_scaling` in place.
+    fields = copy.deepcopy({key: value for key, value in values.items() if key not in ("model_type", "architectures")})
     return DECODER_CONFIGS[named[0]](architectures=[named[0]], **fields)
 
 
@@ -116,8 +118,8 @@ class NVLM_D_Config(PretrainedConfig):
         self.use_backbone_lora = use_backbone_lora
         self.use_llm_lora = use_llm_lora
         kwargs.setdefault("tie_word_embeddings", self.llm_config.tie_word_embeddings)
-        super().__init__(**kwargs)
         self._check()
+        super().__init__(**kwargs)
 
     def _check(self) -> None:
         layers = self.vision_config.num_hidden_layers

@@ -4,7 +4,6 @@ Sizes follow from the config by way of the checkpoint's tensors, so any model of
 torch is imported only to ask for the GPUs of this machine.
 """
 
-import json
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import config_value, decoder_config, expected_tensors
+from .checkpoint import config_value, decoder_config, expected_tensors, read_json
 
 Device = int | str
 DeviceMap = dict[str, Device]
@@ -28,8 +27,8 @@ LAYERS = "language_model.model.layers"
 FIRST_PARTS = ("vision_model", "mlp1", "language_model.model.embed_tokens", "language_model.model.rotary_emb")
 LAST_PARTS = ("language_model.lm_head", "language_model.model.norm")
 
-# Bytes of a weight in a matrix, and of any other: bitsandbytes quantises only matrices, in 4 bits with a float32 scale
-# for each 64 weights.
+# Bytes of a weight in a matrix of the decoder's layers, and of any other: bitsandbytes quantises only the former
+# (see loading.py), in 4 bits with a float32 scale for each 64 weights.
 WEIGHT_BYTES = {
     "float32": (4, 4),
     "bfloat16": (2, 2),
@@ -142,18 +141,18 @@ def split_model(
 def published_config() -> Any:
     """The config.json beside this file, or else the published 72B's sizes."""
     beside = Path(__file__).with_name("config.json")
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else _NVLM_D_72B
+    return read_json(beside) if beside.is_file() else _NVLM_D_72B
 
 
 def named_config(model_name: str | os.PathLike[str]) -> Any:
     """The config of a checkpoint's folder, or of a model that the documents name.
 
     Raises:
-        ValueError: there is no such folder and no such name.
+        ValueError: there is no such folder and no such name, or its config.json is broken.
     """
     folder = Path(model_name)
     if (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(folder / "config.json")
     if folder.name not in KNOWN_MODELS:
         raise ValueError(
             f"Unknown model {os.fspath(model_name)!r}: expected a folder with a config.json, or one of "
@@ -178,17 +177,19 @@ def module_sizes(config: Any = None, dtype: Any = "bfloat16") -> dict[str, int]:
     if config is None:
         config = published_config()
     in_matrix, elsewhere = WEIGHT_BYTES[_dtype_name(dtype, config)]
-    num_layers = config_value(decoder_config(config), "num_hidden_layers")
     tensors = expected_tensors(config)
+    num_layers = config_value(decoder_config(config), "num_hidden_layers")
     sizes = dict.fromkeys((*FIRST_PARTS, *(f"{LAYERS}.{i}" for i in range(num_layers)), *reversed(LAST_PARTS)), 0.0)
     for name, shape in tensors.items():
         part = _covering(name, sizes)
-        is_matrix = len(shape) == 2 and "embed" not in name and "lm_head" not in name
-        sizes[part] += math.prod(shape) * (in_matrix if is_matrix else elsewhere)
+        is_layer_matrix = len(shape) == 2 and part.startswith(LAYERS)
+        sizes[part] += math.prod(shape) * (in_matrix if is_layer_matrix else elsewhere)
     return {part: math.ceil(size) for part, size in sizes.items()}
 
 
-def memory_per_device(device_map: Mapping[str, Device], config: Any = None, dtype: Any = "bfloat16") -> dict[Device, int]:
+def memory_per_device(
+    device_map: Mapping[str, Device], config: Any = None, dtype: Any = "bfloat16"
+) -> dict[Device, int]:
     """Bytes of weights that a device map puts on each device, in the map's order of devices.
 
     Raises:
@@ -209,7 +210,7 @@ def parse_memory(size: int | float | str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)", size.strip().lower()) if isinstance(size, str) else None
     if match and match[2] in MEMORY_UNITS:
         return int(float(match[1]) * MEMORY_UNITS[match[2]])
-    if isinstance(size, str) or isinstance(size, bool) or not 0 <= size < math.inf:
+    if isinstance(size, (str, bool)) or not 0 <= size < math.inf:
         raise ValueError(f"Memory size {size!r} not understood: expected a number of bytes, or like '24GB' or '24GiB'.")
     return int(size)
 
@@ -235,7 +236,7 @@ def _dtype_name(dtype: Any, config: Any) -> str:
 
 def _find_memory(
     world_size: int | None, max_memory: Mapping[Device, int | str] | None
-) -> tuple[dict[int, int | None], dict[str, float], bool]:
+) -> tuple[dict[Device, int | None], dict[Device, float], bool]:
     """The memory to fill.
 
     Returns:
@@ -248,8 +249,8 @@ def _find_memory(
     for device in given:
         if device not in ("cpu", "disk") and (not isinstance(device, int) or device < 0):
             raise ValueError(f"max_memory has key {device!r}, expected a GPU's index, 'cpu' or 'disk'.")
-    spill: dict[str, float] = {name: given[name] for name in ("cpu", "disk") if name in given}
-    gpus: dict[int, int | None] = {gpu: given[gpu] for gpu in sorted(key for key in given if isinstance(key, int))}
+    spill: dict[Device, float] = {name: given[name] for name in ("cpu", "disk") if name in given}
+    gpus: dict[Device, int | None] = {gpu: given[gpu] for gpu in sorted(key for key in given if isinstance(key, int))}
     if gpus:
         if world_size not in (None, len(gpus)):
             raise ValueError(f"world_size is {world_size}, but max_memory lists {len(gpus)} GPUs: {sorted(gpus)}.")
@@ -274,8 +275,7 @@ def _free_gpu_memory(gpu: int) -> int | None:
     """Bytes free on a GPU of this machine; None where its kind cannot tell."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
-    backend = getattr(torch, accelerator.type) if accelerator is not None else None
+    backend: Any = torch.get_device_module()
     if hasattr(backend, "mem_get_info"):
         return backend.mem_get_info(gpu)[0]
     if hasattr(backend, "recommended_max_memory"):  # Apple's GPU shares the host's memory
@@ -290,7 +290,7 @@ def _free_host_memory() -> float:
     return (1 - HEADROOM) * psutil.virtual_memory().available
 
 
-def _documents_map(sizes: dict[str, int], gpus: list[int]) -> DeviceMap:
+def _documents_map(sizes: dict[str, int], gpus: list[Device]) -> DeviceMap:
     """The model card's map: the first GPU counts as half a one, and gets the last layer and all that is no layer."""
     layers = [part for part in sizes if part.startswith(LAYERS)]
     if not gpus:
@@ -300,10 +300,11 @@ def _documents_map(sizes: dict[str, int], gpus: list[int]) -> DeviceMap:
     return dict.fromkeys(sizes, gpus[0]) | dict(zip(layers[:-1], order, strict=False))
 
 
-def _balanced_map(sizes: dict[str, int], room: dict[int, float], spill: dict[str, float]) -> DeviceMap | None:
+def _balanced_map(sizes: dict[str, int], room: dict[Device, float], spill: dict[Device, float]) -> DeviceMap | None:
     """The balanced map, or None if the model does not fit.
 
-    Offloaded modules are run on the first GPU, one at a time: it must have room for the largest of them as well.
+    Offloaded weights are brought to the first GPU, tensor by tensor, whenever they are used: it keeps room for the
+    largest offloaded module. The encoder needs none, made as it is of many small tensors.
     """
     reserve = 0
     while True:
@@ -311,13 +312,14 @@ def _balanced_map(sizes: dict[str, int], room: dict[int, float], spill: dict[str
         placed = _place(sizes, room | first, spill)
         if placed is None:
             return None
-        largest = max((sizes[part] for part, device in placed.items() if device in spill), default=0)
+        spilled = [part for part, device in placed.items() if device in spill and part != "vision_model"]
+        largest = max((sizes[part] for part in spilled), default=0)
         if not room or largest <= reserve:
             return {part: placed[part] for part in sizes}
         reserve = largest
 
 
-def _place(sizes: dict[str, int], room: dict[int, float], spill: dict[str, float]) -> DeviceMap | None:
+def _place(sizes: dict[str, int], room: dict[Device, float], spill: dict[Device, float]) -> DeviceMap | None:
     """Place the ends, then the layers; None if something fits nowhere."""
     left: dict[Device, float] = {**room, **spill}
     placed: DeviceMap = {}
@@ -338,7 +340,9 @@ def _place(sizes: dict[str, int], room: dict[int, float], spill: dict[str, float
     return placed | dict(zip(layers, order_of_layers, strict=True))
 
 
-def _count_layers(num_layers: int, size: int, room: dict[int, float], left: dict[Device, float]) -> dict[Device, int]:
+def _count_layers(
+    num_layers: int, size: int, room: dict[Device, float], left: dict[Device, float]
+) -> dict[Device, int]:
     """How many layers each device takes.
 
     Layers are all of one size, so handing each to the GPU that it leaves the least full, relative to its room, makes
@@ -346,7 +350,7 @@ def _count_layers(num_layers: int, size: int, room: dict[int, float], left: dict
     """
     counts = dict.fromkeys(left, 0)
 
-    def fullness(gpu: int) -> float:
+    def fullness(gpu: Device) -> float:
         return (room[gpu] - left[gpu] + (counts[gpu] + 1) * size) / room[gpu]
 
     for _ in range(num_layers):
@@ -359,7 +363,7 @@ def _count_layers(num_layers: int, size: int, room: dict[int, float], left: dict
 
 
 def _does_not_fit(
-    sizes: dict[str, int], room: dict[int, float], spill: dict[str, float], *, dtype: str, headroom: float
+    sizes: dict[str, int], room: dict[Device, float], spill: dict[Device, float], *, dtype: str, headroom: float
 ) -> str:
     free = ", ".join(f"GPU {gpu} {_gigabytes(size)}" for gpu, size in room.items())
     more = ", ".join(f"{name} {_gigabytes(size)}" for name, size in spill.items())

@@ -71,11 +71,11 @@ class InternVisionEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         grid = config.image_size // config.patch_size
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.position_embedding = nn.Parameter(torch.randn(1, 1 + grid * grid, config.hidden_size))
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + grid * grid, config.hidden_size))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values)  # [n, D, r, c]

@@ -22,6 +22,8 @@ from .configuration_nvlm_d import NVLM_D_Config
 from .loading import execution_device, on_single_device, translate_arguments
 from .modeling_intern_vit import InternVisionModel
 from .projector import build_projector, pixel_shuffle
+from .prompt import encode_prompt  # noqa: F401 (transformers 4.57 copies only what this file itself imports)
+from .tile_tags import tile_tags  # noqa: F401
 
 DECODERS: dict[str, type[PreTrainedModel]] = {
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
@@ -258,7 +260,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc] (position_ids is also a field of TransformersKwargs)
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,

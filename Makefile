@@ -1,0 +1,55 @@
+# Everything from a bare Python >= 3.10: `make demo` shows the model at work, `make test` runs the tests.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+OTHERS := .cache/transformers
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint bench versions clean
+
+demo: $(INSTALLED)
+	$(PY) -m examples.demo
+
+test: $(INSTALLED) lint versions
+	$(PY) -m pytest tests -m "not long"
+
+test-all: $(INSTALLED) lint versions
+	$(PY) -m pytest tests
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli examples tiny benchmarks
+
+# The benchmarks of issue 2, one after the other on a quiet machine; each prints its ratios.
+bench: $(INSTALLED)
+	$(PY) benchmarks/preprocessing.py
+	$(PY) benchmarks/encoder_layer.py
+	$(PY) benchmarks/prefill_memory.py
+	$(PY) benchmarks/loading.py
+
+# The other transformers versions that the golden numbers are checked on, beside the venv's own.
+versions: $(OTHERS)-4.57.6/.installed $(OTHERS)-5.16.1/.installed
+
+$(OTHERS)-4.57.6/.installed: | $(INSTALLED)
+	$(PY) -m pip install -q --target $(@D) --no-deps transformers==4.57.6 "tokenizers>=0.22,<0.23" \
+		"huggingface_hub<1" requests urllib3 idna certifi charset-normalizer
+	touch $@
+
+$(OTHERS)-5.16.1/.installed: | $(INSTALLED)
+	$(PY) -m pip install -q --target $(@D) --no-deps transformers==5.16.1 "huggingface_hub>=1.5,<2" \
+		httpx httpcore anyio sniffio h11 idna certifi
+	touch $@
+
+$(INSTALLED):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q --no-deps -e .
+	rm -f .venv/.installed-*
+	touch $@
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info

@@ -1,0 +1,51 @@
+"""The entry point `nvlm`: picks the subcommand and turns its errors into one line."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from . import chat, inspect, overlay, split
+
+COMMANDS = (chat, split, inspect, overlay)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; each sets `run`, the function that carries it out."""
+    parser = argparse.ArgumentParser(prog="nvlm", description="NVLM 1.0: chat, split, inspect and overlay checkpoints.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nvlm`.
+
+    Returns:
+        The exit code: 0 done, 1 the checkpoint has problems, 2 an error (one line on stderr), 130 interrupted.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has left, as in `nvlm split | head`: stdout must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"nvlm: error: {message} (--debug shows where)", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
