@@ -25,10 +25,10 @@ lint: $(INSTALLED)
 
 # The benchmarks of issue 2, one after the other on a quiet machine; each prints its ratios.
 bench: $(INSTALLED)
-	$(PY) benchmarks/preprocessing.py
-	$(PY) benchmarks/encoder_layer.py
-	$(PY) benchmarks/prefill_memory.py
-	$(PY) benchmarks/loading.py
+	$(PY) -m benchmarks.preprocessing
+	$(PY) -m benchmarks.encoder_layer
+	$(PY) -m benchmarks.prefill_memory
+	$(PY) -m benchmarks.loading
 
 # The other transformers versions that the golden numbers are checked on, beside the venv's own.
 versions: $(OTHERS)-4.57.6/.installed $(OTHERS)-5.16.1/.installed

@@ -1,0 +1,65 @@
+"""The README's words: its Python runs as written, its commands exist, its model card is one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def readme():
+    return (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def blocks(readme, language):
+    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+
+
+def test_python_runs_as_written(readme, checkpoint, recipe, tmp_path):
+    Image.fromarray(recipe.picture(200, 100, 1)).save(tmp_path / "page.jpg")
+    Image.fromarray(recipe.picture(90, 260, 3)).save(tmp_path / "photo.jpg")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 64
+        for i in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), i * 10, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    script = "\n".join(blocks(readme, "python"))
+    assert script.count("nvidia/NVLM-D-72B") == 1
+    script = script.replace("nvidia/NVLM-D-72B", str(checkpoint("base"))).replace(
+        "max_new_tokens=1024", "max_new_tokens=4"
+    )
+    script += "\nassert all(isinstance(text, str) for text in [response, *responses]) and len(responses) == 3\n"
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_commands_exist(readme, checkpoint, tmp_path):
+    [commands] = blocks(readme, "bash")
+    lines = [line.split("#")[0].strip() for line in commands.splitlines()]
+    assert [line.split()[1] for line in lines if line.startswith("nvlm")] == ["overlay", "inspect", "split", "chat"]
+    nvlm = Path(sys.executable).parent / "nvlm"
+    for line in lines:
+        if line.startswith(("nvlm inspect", "nvlm split")):
+            words = line.replace("/path/to/NVLM-D-72B", str(checkpoint("base"))).split()[1:]
+            result = subprocess.run([nvlm, *words], cwd=tmp_path, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_front_matter_is_a_model_card(readme):
+    front = readme.split("---")[1]
+    for line in ("license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text"):
+        assert line in front
+    assert "CC BY-NC 4.0" in readme
+
+
+def test_walk_names_every_module(readme, repository):
+    for module in repository.glob("*.py"):
+        if module.name != "__init__.py":
+            assert f"`{module.name}`" in readme, f"{module.name} is missing from the README's walk through the code"
