@@ -4,22 +4,33 @@ Importing this package registers its classes, so that transformers' Auto classes
 `trust_remote_code`. `__all__` is the public API.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .configuration_intern_vit import InternVisionConfig
 from .configuration_nvlm_d import NVLM_D_Config
 from .conversation import get_conv_template
 from .device_map import split_model
+from .image_processing_nvlm_d import NVLM_D_ImageProcessor
 from .modeling_intern_vit import InternVisionModel
 from .modeling_nvlm_d import NVLM_D_Model
 from .preprocessing import build_transform, dynamic_preprocess, find_closest_aspect_ratio, load_image, load_images
+from .processing_nvlm_d import NVLM_D_Processor
 from .video import load_video
 
 __all__ = [
     "InternVisionConfig",
     "InternVisionModel",
     "NVLM_D_Config",
+    "NVLM_D_ImageProcessor",
     "NVLM_D_Model",
+    "NVLM_D_Processor",
     "build_transform",
     "dynamic_preprocess",
     "find_closest_aspect_ratio",
@@ -35,3 +46,6 @@ AutoConfig.register(NVLM_D_Config.model_type, NVLM_D_Config, exist_ok=True)
 AutoModel.register(InternVisionConfig, InternVisionModel, exist_ok=True)
 AutoModel.register(NVLM_D_Config, NVLM_D_Model, exist_ok=True)
 AutoModelForCausalLM.register(NVLM_D_Config, NVLM_D_Model, exist_ok=True)
+AutoModelForImageTextToText.register(NVLM_D_Config, NVLM_D_Model, exist_ok=True)
+AutoImageProcessor.register(NVLM_D_Config, slow_image_processor_class=NVLM_D_ImageProcessor, exist_ok=True)
+AutoProcessor.register(NVLM_D_Config, NVLM_D_Processor, exist_ok=True)

@@ -1,6 +1,8 @@
 """The chat calls of a model: questions, histories and pictures in, answers out (SPEC 6 and 7)."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from .prompt import (
 from .tile_tags import tile_tags
 
 History = Sequence[tuple[str, str]]
+ONE_HISTORY = "hold one history (or None) a question"
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,44 @@ def count_placeholders(question: str, history: History) -> int:
     return sum(text.count(IMAGE_PLACEHOLDER) for text in [question, *(turn[0] for turn in history)])
 
 
+def check_list(value: Any, *, name: str, meaning: str) -> list[Any]:
+    """A list of what a sequence holds.
+
+    Raises:
+        ValueError: it is no sequence, or it is text or a dict.
+    """
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must {meaning}, got {value!r:.80}.")
+    return list(value)
+
+
+def check_system_message(text: Any) -> str:
+    """The system message itself.
+
+    Raises:
+        ValueError: it is not text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"system_message must be a str, got {type(text).__name__}.")
+    return text
+
+
+def ends_stream(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A chat call that ends its `streamer` when it fails: who reads it in another thread must not wait for ever."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except BaseException:
+            for argument in (*args, *kwargs.values()):
+                if isinstance(argument, dict) and argument.get("streamer") is not None:
+                    argument["streamer"].end()
+            raise
+
+    return call
+
+
 class ChatMixin:
     """`chat` and its kin for a model with `config`, `generate`, `get_image_features` and `project`."""
 
@@ -92,12 +133,13 @@ class ChatMixin:
     @property
     def system_message(self) -> str:
         """The system message of calls that give none; assign to change it."""
-        return getattr(self, "_system_message", None) or self.conv_template.system_message
+        return getattr(self, "_system_message", self.conv_template.system_message)
 
     @system_message.setter
     def system_message(self, text: str) -> None:
-        self._system_message = text
+        self._system_message = check_system_message(text)
 
+    @ends_stream
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -137,7 +179,7 @@ class ChatMixin:
         Raises:
             ValueError: what is passed does not fit together; the message says what was expected and what came.
         """
-        system = self.system_message if system_message is None else system_message
+        system = self.system_message if system_message is None else check_system_message(system_message)
         return self._converse(
             tokenizer,
             self._pictures(pixel_values, visual_features, num_patches_list),
@@ -151,6 +193,7 @@ class ChatMixin:
             tile_grids=tile_grids,
         )
 
+    @ends_stream
     def chat_without_sys_prompt(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -182,6 +225,7 @@ class ChatMixin:
             tile_grids=tile_grids,
         )
 
+    @ends_stream
     def chat_without_chat_prompt(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -220,6 +264,7 @@ class ChatMixin:
         [answer] = self._answer(tokenizer, [segments], pictures, generation_config, verbose=verbose)
         return (answer, [(question, answer)]) if return_history else answer
 
+    @ends_stream
     def batch_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -254,11 +299,13 @@ class ChatMixin:
         Raises:
             ValueError: as in `chat`; also no questions, or another number of histories than of questions.
         """
-        if isinstance(questions, str) or len(questions) == 0:
-            raise ValueError(f"questions must be a list of at least one question, got {questions!r:.80}.")
-        if history is not None and len(history) != len(questions):
-            raise ValueError(f"history must hold one entry a question: {len(questions)} expected, got {len(history)}.")
-        histories = [check_history(turns) for turns in (history or [None] * len(questions))]
+        questions = check_list(questions, name="questions", meaning="be a list of at least one question")
+        if not questions:
+            raise ValueError("questions must be a list of at least one question, got [].")
+        given = [None] * len(questions) if history is None else check_list(history, name="history", meaning=ONE_HISTORY)
+        if len(given) != len(questions):
+            raise ValueError(f"history must {ONE_HISTORY}: {len(questions)} expected, got {len(given)}.")
+        histories = [check_history(turns) for turns in given]
         counts = [count_placeholders(question, turns) for question, turns in zip(questions, histories, strict=True)]
         tiles = visual_features if pixel_values is None else pixel_values
         if (
@@ -277,7 +324,7 @@ class ChatMixin:
             counts = [count + is_bare for count, is_bare in zip(counts, bare, strict=True)]
         if pictures.num_tiles:
             self._check_placeholders(sum(counts), pictures.num_tiles)
-        system = self.system_message if system_message is None else system_message
+        system = self.system_message if system_message is None else check_system_message(system_message)
         markers = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         placed = self._picture_segments(pictures.num_tiles, markers, tile_grids)
         prompts = []
@@ -335,12 +382,14 @@ class ChatMixin:
                 )
         tiles = pixel_values if visual_features is None else visual_features
         total = 0 if tiles is None else len(tiles)
-        num_tiles = list(num_patches_list) if num_patches_list is not None else [total] if total else []
-        if not all(isinstance(n, int) and n >= 1 for n in num_tiles) or sum(num_tiles) != total:
-            raise ValueError(
-                f"num_patches_list must give each picture's number of tiles, {total} together, got {num_tiles}"
-                f"{'' if total else ' without pixel_values'}."
-            )
+        meaning = f"give each picture's number of tiles, {total} together"
+        if num_patches_list is None:
+            num_tiles = [total] if total else []
+        else:
+            num_tiles = check_list(num_patches_list, name="num_patches_list", meaning=meaning)
+        if not all(type(n) is int and n >= 1 for n in num_tiles) or sum(num_tiles) != total:
+            without = "" if total else " without pixel_values"
+            raise ValueError(f"num_patches_list must {meaning}, got {num_tiles}{without}.")
         return Pictures(pixel_values, visual_features, num_tiles)
 
     def _check_placeholders(self, num_placeholders: int, num_tiles: Sequence[int]) -> None:
@@ -357,9 +406,14 @@ class ChatMixin:
         markers: tuple[str, str, str],
         tile_grids: Sequence[tuple[int, int]] | None,
     ) -> list[list[Segment]]:
-        grids = [None] * len(num_tiles) if tile_grids is None else list(tile_grids)
+        meaning = f"hold one (columns, rows) a picture, {len(num_tiles)}"
+        grids = (
+            [None] * len(num_tiles)
+            if tile_grids is None
+            else check_list(tile_grids, name="tile_grids", meaning=meaning)
+        )
         if len(grids) != len(num_tiles):
-            raise ValueError(f"tile_grids must hold one (columns, rows) a picture, {len(num_tiles)}, got {len(grids)}.")
+            raise ValueError(f"tile_grids must {meaning}, got {len(grids)}.")
         start, end, image_token = markers
         config = self.config
         return [
@@ -406,21 +460,15 @@ class ChatMixin:
         verbose: bool,
     ) -> list[str]:
         """Generate after each prompt and decode what is new, up to the template's `sep`."""
-        options = self._generation_options(tokenizer, generation_config)
-        try:
-            sequences = [encode_prompt(tokenizer, segments) for segments in prompts]
-            self._check_lengths(sequences)
-            self._check_image_token(tokenizer, sequences, pictures)
-            inputs = self._left_padded(sequences, pad_token_id=options["pad_token_id"])
-            if pictures.visual_features is not None:
-                inputs["visual_features"] = pictures.visual_features
-            elif pictures.pixel_values is not None:
-                inputs["pixel_values"] = pictures.pixel_values
-            output = self.generate(**inputs, **options)  # type: ignore[attr-defined]
-        except BaseException:
-            if options.get("streamer") is not None:
-                options["streamer"].end()  # whoever reads the stream in another thread must not wait for ever
-            raise
+        options, pad_token_id = self._generation_options(tokenizer, generation_config)
+        sequences = [encode_prompt(tokenizer, segments) for segments in prompts]
+        self._check_sequences(tokenizer, sequences, pictures)
+        inputs = self._left_padded(sequences, pad_token_id=pad_token_id)
+        if pictures.visual_features is not None:
+            inputs["visual_features"] = pictures.visual_features
+        elif pictures.pixel_values is not None:
+            inputs["pixel_values"] = pictures.pixel_values
+        output = self.generate(**inputs, **options)  # type: ignore[attr-defined]
         output = getattr(output, "sequences", output)
         output = output[:: len(output) // len(prompts), inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -432,44 +480,55 @@ class ChatMixin:
 
     def _generation_options(
         self, tokenizer: PreTrainedTokenizerBase, generation_config: dict[str, Any] | GenerationConfig | None
-    ) -> dict[str, Any]:
-        """Keyword arguments of `generate`, as a new dict: the caller's is never changed."""
+    ) -> tuple[dict[str, Any], int]:
+        """Keyword arguments of `generate` as a new dict (the caller's is never changed), and the padding's id."""
+        sep = control_token_id(tokenizer, self.conv_template.sep)
+        defaults = {
+            "eos_token_id": sep,
+            "pad_token_id": sep if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        }
         if generation_config is None or isinstance(generation_config, dict):
             options = dict(generation_config or {})
-            eos, pad = options.get("eos_token_id"), options.get("pad_token_id")
-        elif isinstance(generation_config, GenerationConfig):
-            options = {"generation_config": generation_config}
-            eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
-        else:
-            raise ValueError(
-                f"generation_config must be a dict or a GenerationConfig, got {type(generation_config).__name__}."
-            )
-        options["eos_token_id"] = control_token_id(tokenizer, self.conv_template.sep) if eos is None else eos
-        if pad is None:
-            pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = control_token_id(tokenizer, self.conv_template.sep)
-        options["pad_token_id"] = pad
-        return options
+            options |= {name: value for name, value in defaults.items() if options.get(name) is None}
+            return options, options["pad_token_id"]
+        if isinstance(generation_config, GenerationConfig):
+            own = copy.deepcopy(generation_config)
+            for name, value in defaults.items():
+                if getattr(own, name) is None:
+                    setattr(own, name, value)
+            return {"generation_config": own}, own.pad_token_id
+        raise ValueError(
+            f"generation_config must be a dict or a GenerationConfig, got {type(generation_config).__name__}."
+        )
 
-    def _check_lengths(self, sequences: Sequence[Sequence[int]]) -> None:
+    def _check_sequences(
+        self, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]], pictures: Pictures
+    ) -> None:
+        """Check that the decoder can read the prompts, and that there is one place for each feature.
+
+        Raises:
+            ValueError: an empty or too long prompt, or a tokenizer that is not the checkpoint's.
+        """
+        if not all(sequences):
+            raise ValueError("The prompt is empty: expected at least one character of text, or a picture.")
         longest, limit = max(map(len, sequences)), self.config.position_limit
         if longest >= limit:
             raise ValueError(
                 f"The prompt is {longest} tokens long, but the decoder has {limit} positions, the answer included: "
                 "shorten the history, or pass fewer pictures or fewer tiles (max_num)."
             )
-
-    def _check_image_token(
-        self, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]], pictures: Pictures
-    ) -> None:
+        largest, vocabulary = max(map(max, sequences)), self.config.llm_config.vocab_size
+        if largest >= vocabulary:
+            raise ValueError(
+                f"The prompt holds token id {largest}, but the decoder knows {vocabulary} tokens: the tokenizer "
+                f"({len(tokenizer)} tokens) is not the checkpoint's, or the embeddings were not resized for it."
+            )
         slots = sum(sequence.count(self.config.image_token_id) for sequence in sequences)
         expected = sum(pictures.num_tiles) * self.config.num_image_token
         if slots != expected:
             raise ValueError(
                 f"The prompt holds {slots} tokens of id {self.config.image_token_id} (the config's image_token_id) for "
-                f"{expected} features of pictures: the tokenizer or IMG_CONTEXT_TOKEN is not the checkpoint's "
-                f"(it has {len(tokenizer)} tokens)."
+                f"{expected} features of pictures: the tokenizer or IMG_CONTEXT_TOKEN is not the checkpoint's."
             )
 
     def _left_padded(self, sequences: Sequence[Sequence[int]], *, pad_token_id: int) -> dict[str, torch.Tensor]:

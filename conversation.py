@@ -68,6 +68,11 @@ class ConversationTemplate:
 
 TEMPLATES = {"chatml": ConversationTemplate(name="chatml", system_message="Answer the questions.")}
 
+IMAGE_TOKEN = "<|vision_pad|>"  # where a picture's features stand
+
+# Never written by users, also where a tokenizer fails to mark them as special.
+CONTROL_TOKENS = frozenset({IMAGE_TOKEN}.union(*((t.turn_start, t.sep) for t in TEMPLATES.values())))
+
 
 def get_conv_template(name: str) -> ConversationTemplate:
     """The template of that name.

@@ -236,12 +236,24 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             tiles = tiles[image_flags.reshape(-1).bool().to(tiles.device)]
         return self.extract_feature(tiles) if visual_features is None else self.project(tiles)
 
-    def placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
-        """(B, L) bool: where features of pictures stand. Without ids, the embeddings are compared."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+    def placeholder_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+    ) -> torch.Tensor:
+        """(B, L) bool: where features of pictures stand. Without ids, the embeddings are compared.
+
+        Padding is no place for them: some people pad with the very token that stands for pictures.
+        """
+        if input_ids is not None and input_ids.numel() > 0:
+            placeholders = input_ids == self.config.image_token_id
+        else:
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)  # type: ignore[union-attr]
+            placeholders = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:  # static caches bring it otherwise
+            placeholders &= attention_mask[:, -placeholders.shape[1] :].to(placeholders.device, torch.bool)
+        return placeholders
 
     def splice(self, inputs_embeds: torch.Tensor, placeholders: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Put features (tiles, tokens, H) in the places of the placeholders, in order.
@@ -260,7 +272,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
     @can_return_tuple
-    def forward(  # type: ignore[misc] (position_ids is also a field of TransformersKwargs)
+    def forward(  # type: ignore[misc]  # position_ids is a field of TransformersKwargs too
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -310,7 +322,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             features = encoded.pooler_output
 
         if features is not None:
-            placeholders = self.placeholder_mask(input_ids, inputs_embeds)
+            placeholders = self.placeholder_mask(input_ids, inputs_embeds, attention_mask)
             if prompt_length is not None:
                 placeholders[:, prompt_length:] = False
         if inputs_embeds is None:
@@ -365,8 +377,9 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             return super()._expand_inputs_for_generation(
                 expand_size, is_encoder_decoder, input_ids=input_ids, **model_kwargs
             )
-        has_ids = input_ids is not None and input_ids.numel() > 0
-        placeholders = self.placeholder_mask(input_ids if has_ids else None, model_kwargs.get("inputs_embeds"))
+        placeholders = self.placeholder_mask(
+            input_ids, model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        )
         features = encoded.pooler_output
         tiles = (placeholders.sum(-1) // features.shape[1]).tolist()
         repeated = [tile for sample in features.split(tiles) for tile in [sample] * expand_size]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversation import Control, Segment
+from .conversation import CONTROL_TOKENS, Control, Segment
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -66,13 +66,16 @@ def control_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return token_id
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text in which special tokens are ordinary characters.
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, controls: frozenset[str] = CONTROL_TOKENS
+) -> list[int]:
+    """Token ids of text in which special tokens and `controls` are ordinary characters.
 
     The steps of a fast tokenizer are called one by one: its own switch for this (`split_special_tokens`) is state
     that is shared by all threads. Added tokens that are not special, such as `<tool_call>`, keep their ids.
     """
-    ordinary = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    ordinary = sorted(set(added) - controls, key=len, reverse=True)  # of two that fit, the tokenizer takes the longer
     pieces = re.split("(" + "|".join(map(re.escape, ordinary)) + ")", text) if ordinary else [text]
     ids: list[int] = []
     for i, piece in enumerate(pieces):
@@ -95,10 +98,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment
     Raises:
         ValueError: the tokenizer lacks one of the controls.
     """
+    controls = CONTROL_TOKENS.union(segment.token for segment in segments if isinstance(segment, Control))
     ids: list[int] = []
     for segment in merge_text(segments):
         if isinstance(segment, Control):
             ids += [control_token_id(tokenizer, segment.token)] * segment.count
         else:
-            ids += encode_text(tokenizer, segment)
+            ids += encode_text(tokenizer, segment, controls=controls)
     return ids

@@ -42,9 +42,10 @@ def tile_tags(
 
 
 def _tags_2d(num_regular: int, *, kind: str, grid: tuple[int, int] | None, tile_size: int) -> list[str]:
-    if grid is None or grid[0] * grid[1] != num_regular:
+    is_pair = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+    if grid is None or not is_pair or grid[0] * grid[1] != num_regular:
         raise ValueError(
-            f"Tile tags of kind {kind!r} need the grid (columns, rows) of the {num_regular} tiles, got {grid}: "
+            f"Tile tags of kind {kind!r} need the grid (columns, rows) of the {num_regular} tiles, got {grid!r}: "
             "pass `tile_grids` with one (columns, rows) a picture."
         )
     columns, rows = grid

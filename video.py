@@ -139,7 +139,7 @@ def _read_frames(
     def reopen() -> AbstractContextManager[Any]:
         file.seek(0)
         # A playlist may name other files and addresses, none of which is for it to read. Titles need not be UTF-8.
-        return av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace")
+        return av.open(file, container_options={"protocol_whitelist": "none"}, metadata_errors="replace")
 
     with reopen() as container:
         stream = _video_stream(container, label)
@@ -226,5 +226,6 @@ def _seek_frames(
 
 def _upright(frame: Any) -> Image.Image:
     picture = frame.to_image()
-    turn = _UPRIGHT.get(getattr(frame, "rotation", 0) % 360)  # PyAV tells it since 14, in degrees counterclockwise
+    # In degrees counterclockwise; older PyAV does not tell it.
+    turn = _UPRIGHT.get(getattr(frame, "rotation", 0) % 360)
     return picture if turn is None else picture.transpose(turn)

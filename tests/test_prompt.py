@@ -90,7 +90,7 @@ def test_the_golden_prompt_without_chat_has_the_released_codes_ids(qwen_tokenize
 
 
 @given(system=honest_text, history=st.lists(st.tuples(honest_text, honest_text), max_size=2), question=honest_text)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_honest_conversations_are_tokenised_as_one_string(qwen_tokenizer, system, history, question):
     segments = conversation(system=system, history=history, question=question)
     prompt = as_text(segments)
@@ -99,7 +99,7 @@ def test_honest_conversations_are_tokenised_as_one_string(qwen_tokenizer, system
 
 
 @given(runs=st.lists(honest_text, min_size=2, max_size=4), num_tiles=st.integers(1, 7))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_honest_text_around_pictures_is_tokenised_as_one_string(qwen_tokenizer, runs, num_tiles):
     segments = conversation(question="<image>".join(runs), num_tiles=[num_tiles] * (len(runs) - 1))
     prompt = as_text(segments)
@@ -194,7 +194,7 @@ def test_where_text_is_cut_into_segments_does_not_matter(qwen_tokenizer, texts):
 
 
 @given(text=honest_text)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_text_is_read_back_as_it_was_written(qwen_tokenizer, text):
     assert normal(qwen_tokenizer.decode(encode_text(qwen_tokenizer, text))) == normal(text)
 
