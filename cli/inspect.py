@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ..checkpoint import CheckpointReport, inspect_checkpoint
+from .checkpoint_report import CheckpointReport, inspect_checkpoint
 
 
 def add_parser(subparsers: Any) -> None:

@@ -73,10 +73,11 @@ def overlay(folder: Path, *, dry_run: bool = False) -> list[str]:
         ValueError: the folder holds no NVLM-D checkpoint, or a file that was edited since the last overlay.
         OSError: a file cannot be read or written.
     """
-    wanted = {path.name: path.read_bytes() for path in hub_files()}
-    config = _patched_config(folder / "config.json")
-    if config is not None:
-        wanted["config.json"] = config
+    config = _read_config(folder / "config.json")
+    wanted = {path.name: path.read_bytes() for path in hub_files()} | _processor_files(config)
+    patched = _patched_config(config)
+    if patched is not None:
+        wanted["config.json"] = patched
     changes = {change.name: change for change in _read_manifest(folder)}
     obsolete = [change for name, change in changes.items() if name not in wanted and name != "config.json"]
     pending = {name: data for name, data in wanted.items() if _fingerprint(folder / name) != _digest(data)}
@@ -126,8 +127,7 @@ def undo(folder: Path, *, dry_run: bool = False) -> list[str]:
     return [_undo_action(change) for change in changes]
 
 
-def _patched_config(path: Path) -> bytes | None:
-    """config.json with the `auto_map` of this package's own; None if it has that already."""
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no config.json: give the folder of a downloaded NVLM-D checkpoint.")
     config, published = read_json(path), read_json(PACKAGE / "config.json")
@@ -136,12 +136,46 @@ def _patched_config(path: Path) -> bytes | None:
             f"{path} is of model_type {config.get('model_type')!r}, expected {published['model_type']!r}: the overlay "
             "is for NVLM-D checkpoints only."
         )
+    return config
+
+
+def _patched_config(config: dict[str, Any]) -> bytes | None:
+    """config.json with the `auto_map` of this package's own; None if it has that already."""
+    own = read_json(PACKAGE / "config.json")["auto_map"]
     auto_map = config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
-    if auto_map | published["auto_map"] == auto_map:
+    if auto_map | own == auto_map:
         return None
-    patched = config | {"auto_map": auto_map | published["auto_map"]}
-    return (json.dumps(patched, indent=2, ensure_ascii=False) + "\n").encode()
+    return _json_bytes(config | {"auto_map": auto_map | own})
+
+
+def _processor_files(config: dict[str, Any]) -> dict[str, bytes]:
+    """The chat template and the processors' settings, these with the sizes of this checkpoint."""
+    from ..configuration_nvlm_d import NVLM_D_Config
+
+    model = NVLM_D_Config(**config)
+    side = {"height": model.tile_size, "width": model.tile_size}
+    processor = read_json(PACKAGE / "processor_config.json") | {
+        "image_seq_length": model.num_image_token,
+        "tile_tag": model.tile_tag,
+        "thumbnail_tag": model.thumbnail_tag,
+    }
+    preprocessor = read_json(PACKAGE / "preprocessor_config.json") | {
+        "size": side,
+        "crop_to_patches": model.dynamic_image_size,
+        "min_patches": model.min_dynamic_patch,
+        "max_patches": model.max_dynamic_patch,
+        "use_thumbnail": model.use_thumbnail,
+    }
+    return {
+        "chat_template.jinja": (PACKAGE / "chat_template.jinja").read_bytes(),
+        "processor_config.json": _json_bytes(processor),
+        "preprocessor_config.json": _json_bytes(preprocessor),
+    }
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _undo_action(change: Change) -> str:

@@ -14,14 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import nvlm
-from nvlm.checkpoint import (
-    DTYPE_BITS,
-    VISION_DEFAULTS,
-    expected_tensors,
-    inspect_checkpoint,
-    published_dtypes,
-    read_header,
-)
+from nvlm.checkpoint import VISION_DEFAULTS, expected_tensors, published_dtypes
+from nvlm.cli.checkpoint_report import DTYPE_BITS, inspect_checkpoint, read_header
 
 PUBLISHED = json.loads((Path(__file__).resolve().parent.parent / "config.json").read_text())
 PROJECTION = "vision_model.encoder.layers.0.attn.proj.weight"

@@ -62,8 +62,13 @@ def test_on_and_off_again(folder: Path) -> None:
     assert "add checkpoint.py" in actions
     for path in hub_files():
         assert (folder / path.name).read_bytes() == path.read_bytes()
-    untouched = ("config.json", "model.safetensors", "tokenizer_config.json", "eval.py")
+    untouched = ("model.safetensors", "tokenizer_config.json", "eval.py")
     assert all(snapshot(folder)[name] == before[name] for name in untouched)
+    processor, pictures = (
+        json.loads((folder / f"{name}_config.json").read_text()) for name in ("processor", "preprocessor")
+    )
+    assert processor["image_seq_length"] == 4
+    assert pictures["size"] == {"height": 56, "width": 56}
     undone = undo(folder)
     assert {"restore modeling_nvlm_d.py", "remove checkpoint.py"} <= set(undone)
     assert snapshot(folder) == before
@@ -84,8 +89,8 @@ def test_auto_map_is_merged_and_all_else_kept(folder: Path, recipe: ModuleType) 
     before = snapshot(folder)
     assert "replace config.json" in overlay(folder)
     config = json.loads((folder / "config.json").read_text())
-    expected = recipe.config_dict("base")
-    assert config == expected | {"auto_map": expected["auto_map"] | {"AutoThing": "thing.Thing"}}
+    own = json.loads((Path(__file__).parents[2] / "config.json").read_text())["auto_map"]
+    assert config == recipe.config_dict("base") | {"auto_map": own | {"AutoThing": "thing.Thing"}}
     assert overlay(folder) == []
     undo(folder)
     assert snapshot(folder) == before
