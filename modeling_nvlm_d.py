@@ -234,6 +234,8 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             return None
         if image_flags is not None:
             tiles = tiles[image_flags.reshape(-1).bool().to(tiles.device)]
+        if len(tiles) == 0:
+            return None
         return self.extract_feature(tiles) if visual_features is None else self.project(tiles)
 
     def placeholder_mask(
@@ -255,19 +257,27 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             placeholders &= attention_mask[:, -placeholders.shape[1] :].to(placeholders.device, torch.bool)
         return placeholders
 
-    def splice(self, inputs_embeds: torch.Tensor, placeholders: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Put features (tiles, tokens, H) in the places of the placeholders, in order.
+    def check_slots(self, placeholders: torch.Tensor, features: torch.Tensor) -> None:
+        """Check that there is one placeholder a feature.
 
         Raises:
-            ValueError: the numbers of features and of placeholders differ.
+            ValueError: their numbers differ; the message has both.
+        """
+        slots, tokens = int(placeholders.sum()), features.shape[0] * features.shape[1]
+        if slots != tokens:
+            raise ValueError(
+                f"The input holds {slots} placeholders (token id {self.config.image_token_id}) for {tokens} features "
+                f"({features.shape[0]} tiles of {features.shape[1]} tokens): there must be one a feature."
+            )
+
+    def splice(self, inputs_embeds: torch.Tensor, placeholders: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Put features (tiles, tokens, H) in the places of the placeholders (B, L), in order.
+
+        Raises:
+            ValueError: as `check_slots`.
         """
         if not torch.compiler.is_compiling():
-            slots, tokens = int(placeholders.sum()), features.shape[0] * features.shape[1]
-            if slots != tokens:
-                raise ValueError(
-                    f"The input holds {slots} placeholders (token id {self.config.image_token_id}) for {tokens} "
-                    f"features ({features.shape[0]} tiles of {features.shape[1]} tokens): there must be one a feature."
-                )
+            self.check_slots(placeholders, features)
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
@@ -359,8 +369,10 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_flags", "visual_features")}
         features = self.picture_embeddings(**pictures)
         if features is not None:
-            prompt = next(x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-            kwargs["prompt_length"] = prompt.shape[1]
+            prompts = [x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
+            if not prompts:
+                raise ValueError("generate got pictures but no prompt: pass input_ids with a placeholder a feature.")
+            kwargs["prompt_length"] = prompts[0].shape[1]
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return super().generate(inputs, *args, **kwargs)
 
@@ -381,6 +393,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             input_ids, model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         )
         features = encoded.pooler_output
+        self.check_slots(placeholders, features)
         tiles = (placeholders.sum(-1) // features.shape[1]).tolist()
         repeated = [tile for sample in features.split(tiles) for tile in [sample] * expand_size]
         del model_kwargs["mm_encoder_outputs"]

@@ -75,6 +75,15 @@ def test_each_beam_has_its_samples_own_tiles(base_model, samples, options):
     assert new_ids(base_model, batch_of(samples), **options) == alone
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_counts_that_disagree_are_an_error_with_both_numbers(base_model, samples, options):
+    batch = batch_of(samples)
+    with pytest.raises(ValueError, match=r"12 placeholders .* for 8 features"):
+        new_ids(base_model, {**batch, "pixel_values": batch["pixel_values"][:2]}, **options)
+    with pytest.raises(ValueError, match="pictures but no prompt"):
+        base_model.generate(pixel_values=batch["pixel_values"], **options)
+
+
 def test_sampled_sequences_have_their_samples_own_tiles(base_model, samples):
     """At a vanishing temperature sampling is greedy, for every returned sequence."""
     options = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2}

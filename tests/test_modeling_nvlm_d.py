@@ -75,6 +75,14 @@ def test_image_flags_leave_filler_tiles_out(base_model, batch):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_of_filler_tiles_alone_is_text(base_model, batch):
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == 151654, 5)
+    with torch.no_grad():
+        expected = base_model(input_ids=ids).logits
+        got = base_model(input_ids=ids, pixel_values=batch["pixel_values"], image_flags=torch.zeros(3)).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_logits_to_keep(base_model, batch):
     with torch.no_grad():
         every = base_model(**batch).logits
