@@ -51,11 +51,11 @@ _UPRIGHT = {
 
 
 def load_image(
-    image: Picture, input_size: int = 448, max_num: int = 6, *, min_num: int = 1, use_thumbnail: bool = True
+    image_file: Picture, input_size: int = 448, max_num: int = 6, *, min_num: int = 1, use_thumbnail: bool = True
 ) -> torch.Tensor:
     """Read one picture and cut it into normalised tiles (SPEC 5).
 
-    `image` is a path, the bytes of a picture file, a binary file object (read from its start, left open), a PIL image
+    `image_file` is a path, the bytes of a picture file, a binary file object (read from its start, left open), a PIL image
     (its current frame) or an array: uint8, or floats from 0 to 1, of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4),
     RGB order. EXIF orientation is applied; other modes become RGB as Pillow's `convert("RGB")` makes them, so
     transparency is dropped. The caller's object is left as it was.
@@ -69,7 +69,8 @@ def load_image(
     the header, before decoding), wrong array shape or values, arguments out of range.
     """
     check_tiling(min_num, max_num, input_size)
-    scaled = _scale(_open_picture(image, describe(image, "picture")), min_num, max_num, input_size, use_thumbnail)
+    picture = _open_picture(image_file, describe(image_file, "picture"))
+    scaled = _scale(picture, min_num, max_num, input_size, use_thumbnail)
     pixels = np.empty((_count_tiles(scaled, input_size), 3, input_size, input_size), np.float32)
     _normalise(scaled, pixels)
     return torch.from_numpy(pixels)

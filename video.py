@@ -151,8 +151,8 @@ def _read_frames(
         timestamps.sort()
         indices = frame_indices(bound, fps, count - 1, 0, num_segments)
         with reopen() as container:
-            wanted = sorted({timestamps[index] for index in indices})
-            found = _seek_frames(container, _video_stream(container, label), wanted, sorted(keyframes), cut)
+            moments = sorted({timestamps[index] for index in indices})
+            found = _seek_frames(container, _video_stream(container, label), moments, sorted(keyframes), cut)
         if found is not None:
             return [found[timestamps[index]] for index in indices]
 
@@ -162,9 +162,10 @@ def _read_frames(
     if count == 0:
         raise ValueError(f"{label} holds no frames; download or convert it again")
     indices = frame_indices(bound, fps, count - 1, 0, num_segments)
+    wanted = set(indices)
     with reopen() as container:
         decoded = zip(range(indices[-1] + 1), container.decode(_video_stream(container, label)), strict=False)
-        found = {index: cut(frame) for index, frame in decoded if index in set(indices)}
+        found = {index: cut(frame) for index, frame in decoded if index in wanted}
     return [found[index] for index in indices]
 
 
@@ -212,7 +213,7 @@ def _seek_frames(
     position = keyframes[0] if keyframes else math.inf
     found = {}
     for timestamp in wanted:
-        keyframe = keyframes[bisect_right(keyframes, timestamp) - 1] if keyframes else -math.inf
+        keyframe = keyframes[max(bisect_right(keyframes, timestamp) - 1, 0)] if keyframes else -math.inf
         if keyframe > position:
             container.seek(keyframe, stream=stream)
             frames = container.decode(stream)

@@ -32,6 +32,8 @@ def test_python_runs_as_written(readme, checkpoint, recipe, tmp_path):
         video.mux(stream.encode())
     script = "\n".join(blocks(readme, "python"))
     assert script.count("nvidia/NVLM-D-72B") == 1
+    template = Path(__file__).resolve().parent.parent / "chat_template.jinja"
+    script = script.replace("/path/to/NVLM-D-72B/chat_template.jinja", str(template))
     script = script.replace("nvidia/NVLM-D-72B", str(checkpoint("base"))).replace(
         "max_new_tokens=1024", "max_new_tokens=4"
     )
