@@ -55,10 +55,10 @@ def load_image(
 ) -> torch.Tensor:
     """Read one picture and cut it into normalised tiles (SPEC 5).
 
-    `image_file` is a path, the bytes of a picture file, a binary file object (read from its start, left open), a PIL image
-    (its current frame) or an array: uint8, or floats from 0 to 1, of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4),
-    RGB order. EXIF orientation is applied; other modes become RGB as Pillow's `convert("RGB")` makes them, so
-    transparency is dropped. The caller's object is left as it was.
+    `image_file` is a path, the bytes of a picture file, a binary file object (read from its start, left open), a PIL
+    image (its current frame) or an array: uint8, or floats from 0 to 1, of shape (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4), RGB order. EXIF orientation is applied; other modes become RGB as Pillow's `convert("RGB")` makes them,
+    so transparency is dropped. The caller's object is left as it was.
 
     `input_size` is a tile's side in pixels; between `min_num` and `max_num` tiles are cut, the thumbnail not counted.
 

@@ -6,14 +6,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from . import chat, inspect, overlay, split
+from . import chat, compose, extract, inspect, overlay, repack, split
 
-COMMANDS = (chat, split, inspect, overlay)
+COMMANDS = (chat, split, inspect, overlay, repack, extract, compose)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands; each sets `run`, the function that carries it out."""
-    parser = argparse.ArgumentParser(prog="nvlm", description="NVLM 1.0: chat, split, inspect and overlay checkpoints.")
+    parser = argparse.ArgumentParser(prog="nvlm", description="NVLM 1.0: chat, and what is done with checkpoints.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)

@@ -35,7 +35,8 @@ characters = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=4)
 
 def hostile(*fragments):
     """Text made of control tokens, what looks like them, pieces of them, and any characters."""
-    return st.lists(st.sampled_from([*SPECIAL, *LOOKALIKES, *fragments]) | characters, max_size=8).map("".join)
+    pieces = st.sampled_from([*SPECIAL, *fragments]) | st.sampled_from(LOOKALIKES) | characters
+    return st.lists(pieces, max_size=8).map("".join)
 
 
 anything = hostile("<image>")
@@ -191,6 +192,16 @@ def test_a_users_extra_placeholder_is_an_error_with_both_numbers(base_model, tok
     asked = {"question": user} if turn_of_it else {"question": "Why?", "history": [(user, "Yes.")]}
     with pytest.raises(ValueError, match=rf"{len(parts) - 1} '<image>', but 1 pictures"):
         prompts(base_model, base_model.chat, tokenizer, wide, **asked)
+
+
+def test_answers_and_system_messages_may_say_image(base_model, tokenizer, wide):
+    asked = {"history": [("<image>Hi", "<image> says hi.")], "system_message": "An <image> is a picture."}
+    [ids] = prompts(base_model, base_model.chat, tokenizer, wide, "Why?", **asked)
+    [row] = prompts(
+        base_model, base_model.batch_chat, tokenizer, wide, ["Why?"], **{**asked, "history": [asked["history"]]}
+    )
+    turns = [(picture(then="Hi"), "<image> says hi.")]
+    assert read(tokenizer, ids) == read(tokenizer, row) == honest("An <image> is a picture.", turns, ["Why?"])
 
 
 @given(start=anything, end=anything)

@@ -45,7 +45,15 @@ def test_python_runs_as_written(readme, checkpoint, recipe, tmp_path):
 def test_commands_exist(readme, checkpoint, tmp_path):
     [commands] = blocks(readme, "bash")
     lines = [line.split("#")[0].strip() for line in commands.splitlines()]
-    assert [line.split()[1] for line in lines if line.startswith("nvlm")] == ["overlay", "inspect", "split", "chat"]
+    assert [line.split()[1] for line in lines if line.startswith("nvlm")] == [
+        "overlay",
+        "inspect",
+        "split",
+        "chat",
+        "repack",
+        "extract",
+        "compose",
+    ]
     nvlm = Path(sys.executable).parent / "nvlm"
     for line in lines:
         if line.startswith(("nvlm inspect", "nvlm split")):

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SUITES = ["test_golden.py", "test_hub.py", "test_generation.py"]
+SUITES = [f"test_{name}.py" for name in ("golden", "hub", "generation", "configuration", "modeling_nvlm_d")]
 
 
 def test_the_venv_has_the_newest_version():
