@@ -471,8 +471,9 @@ class ChatMixin:
         output = self.generate(**inputs, **options)  # type: ignore[attr-defined]
         output = getattr(output, "sequences", output)
         output = output[:: len(output) // len(prompts), inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        answers = [text.split(self.conv_template.sep)[0].strip() for text in texts]
+        sep = control_token_id(tokenizer, self.conv_template.sep)
+        rows = [row[: row.index(sep)] if sep in row else row for row in output.tolist()]
+        answers = [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
         if verbose:
             for segments, answer in zip(prompts, answers, strict=True):
                 print(as_text(segments), answer, sep="")

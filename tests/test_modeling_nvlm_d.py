@@ -372,3 +372,16 @@ def test_nothing_is_left_of_a_call(load_model, batch):
     before = {id(x) for x in tensors()}
     greedy(model, batch)
     assert not [x.shape for x in tensors() if id(x) not in before and x.numel() > 64]
+
+
+def test_published_rope_scaling_is_kept_in_the_config_and_not_applied(load_model, recipe):
+    """The released code ran where it is ignored, and asking for it each step would wait for the device."""
+    model = load_model("base")
+    rotary = model.language_model.model.rotary_emb
+    assert recipe.config_dict("base")["llm_config"]["rope_scaling"]["type"] == "dynamic"
+    assert rotary.rope_type == "default"
+    frequencies = rotary.inv_freq.clone()
+    rotary(torch.zeros(1, 1, 64), torch.tensor([[100_000]]))  # far beyond 32768: dynamic scaling would rewrite them
+    assert torch.equal(rotary.inv_freq, frequencies)
+    expected = 1.0 / 1e6 ** (torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(frequencies, expected)
