@@ -59,7 +59,9 @@ def check_tiles(tiles: torch.Tensor, *, name: str, expected: tuple[int, ...], me
         ValueError: it is not a finite float tensor of shape (tiles, *expected) with at least one tile.
     """
     if not isinstance(tiles, torch.Tensor):
-        raise ValueError(f"{name} must be a float tensor or None, got {type(tiles).__name__}: load_image() makes it.")
+        raise ValueError(
+            f"{name} must be a float tensor or None, got {type(tiles).__name__}: load_image() makes such pixel_values."
+        )
     if tiles.ndim != len(expected) + 1 or tuple(tiles.shape[1:]) != expected:
         sizes = ", ".join(map(str, expected))
         raise ValueError(f"{name} must have the shape (tiles, {sizes}), {meaning}, got {tuple(tiles.shape)}.")

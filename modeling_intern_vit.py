@@ -219,8 +219,8 @@ class InternVisionEncoderLayer(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [n, t, D] -> ([n, t, D], attention probabilities or None)."""
         attended, probabilities = self.attn(self.norm1(x))
-        x = x + self.drop_path1(attended * self.ls1)
-        x = x + self.drop_path2(self.mlp(self.norm2(x)) * self.ls2)
+        x = torch.addcmul(x, self.drop_path1(attended), self.ls1)
+        x = torch.addcmul(x, self.drop_path2(self.mlp(self.norm2(x))), self.ls2)
         return x, probabilities
 
 

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache" / "tests"
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: on busy cores a second thread makes them many times slower
 
 
 def _load(path: Path) -> ModuleType:
