@@ -22,14 +22,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command.
+
+    argparse takes an optional positional for absent as soon as an option follows: `chat CHECKPOINT --image FILE
+    QUESTION` leaves the question over.
+    """
+    parser = build_parser()
+    args, left = parser.parse_known_args(argv)
+    if len(left) == 1 and not left[0].startswith("-") and getattr(args, "question", "") is None:
+        args.question = left.pop()
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nvlm`.
 
     Returns:
         The exit code: 0 done, 1 the checkpoint has problems, 2 an error (one line on stderr), 130 interrupted.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """The README's words: its Python runs as written, its commands exist, its model card is one."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,24 +44,25 @@ def test_python_runs_as_written(readme, checkpoint, recipe, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_commands_exist(readme, checkpoint, tmp_path):
-    [commands] = blocks(readme, "bash")
-    lines = [line.split("#")[0].strip() for line in commands.splitlines()]
-    assert [line.split()[1] for line in lines if line.startswith("nvlm")] == [
-        "overlay",
-        "inspect",
-        "split",
-        "chat",
-        "repack",
-        "extract",
-        "compose",
-    ]
-    nvlm = Path(sys.executable).parent / "nvlm"
-    for line in lines:
-        if line.startswith(("nvlm inspect", "nvlm split")):
-            words = line.replace("/path/to/NVLM-D-72B", str(checkpoint("base"))).split()[1:]
-            result = subprocess.run([nvlm, *words], cwd=tmp_path, capture_output=True, text=True)
-            assert result.returncode == 0, result.stdout + result.stderr
+def test_commands_run_as_written(readme, checkpoint, recipe, tmp_path):
+    shutil.copytree(checkpoint("base"), tmp_path / "NVLM-D-72B")
+    Image.fromarray(recipe.picture(200, 100, 1)).save(tmp_path / "page.jpg")
+    [block] = blocks(readme, "bash")
+    commands = [shlex.split(line, comments=True) for line in block.replace("/path/to/", "").splitlines()]
+    commands = [words for words in commands if words[0] == "nvlm"]
+    names = ["overlay", "inspect", "split", "chat", "repack", "extract", "compose"]
+    assert [words[1] for words in commands] == names
+    # The block extracts one part and leaves the others to a comment; compose is to find all three.
+    for part, folder in (("projector", "mlp"), ("decoder", "qwen2")):
+        commands.insert(-1, ["nvlm", "extract", "NVLM-D-72B", folder, "--part", part])
+    commands[-1] += ["--config", "NVLM-D-72B/config.json"]  # without it the sizes are the published 72B's
+    for words in commands:
+        result = subprocess.run(
+            [Path(sys.executable).parent / "nvlm", *words[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
+    assert (tmp_path / "NVLM-D-72B" / "modeling_nvlm_d.py").exists()
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
 
 
 def test_front_matter_is_a_model_card(readme):

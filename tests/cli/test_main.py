@@ -8,7 +8,7 @@ import pytest
 
 from nvlm.cli import main as main_module
 from nvlm.cli import split
-from nvlm.cli.main import main
+from nvlm.cli.main import main, parse
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,3 +80,30 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_every_command_module_is_complete() -> None:
     assert all(callable(command.add_parser) and callable(command.run) for command in main_module.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["chat", "model", "--image", "a.png", "--image", "b.png", "What?"],
+        ["chat", "model", "What?", "--image", "a.png", "--image", "b.png"],
+        ["chat", "--image", "a.png", "model", "--image", "b.png", "What?"],
+    ],
+)
+def test_question_may_follow_the_pictures(argv: list[str]) -> None:
+    args = parse(argv)
+    assert (args.checkpoint, args.image, args.question) == ("model", ["a.png", "b.png"], "What?")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["chat", "model", "What?", "--image", "a.png", "And?"],
+        ["chat", "model", "--imagine"],
+        ["inspect", "model", "What?"],
+    ],
+)
+def test_words_left_over_are_an_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(argv)
+    assert "unrecognized arguments" in capsys.readouterr().err
