@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, _open_picture, describe, load_images, tile_grid
+from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, describe, load_images, open_picture, tile_grid
 
 OPTIONS = (
     "size",
@@ -184,7 +184,7 @@ class NVLM_D_ImageProcessor(BaseImageProcessor):
         """The (columns, rows) that each picture is cut into; the arguments are those of `preprocess`."""
         options = self.options(kwargs)
         pictures = [channels_last(picture) for picture in flatten_pictures(images)]
-        return [grid_of(_open_picture(picture, describe(picture, "picture")).size, options) for picture in pictures]
+        return [grid_of(open_picture(picture, describe(picture, "picture")).size, options) for picture in pictures]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """The number of tiles, the thumbnail counted, that a picture of `height` x `width` pixels is cut into."""

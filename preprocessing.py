@@ -69,7 +69,7 @@ def load_image(
     the header, before decoding), wrong array shape or values, arguments out of range.
     """
     check_tiling(min_num, max_num, input_size)
-    picture = _open_picture(image_file, describe(image_file, "picture"))
+    picture = open_picture(image_file, describe(image_file, "picture"))
     scaled = _scale(picture, min_num, max_num, input_size, use_thumbnail)
     pixels = np.empty((_count_tiles(scaled, input_size), 3, input_size, input_size), np.float32)
     _normalise(scaled, pixels)
@@ -101,7 +101,7 @@ def load_images(
     sources = list(images)
 
     def scale(index: int) -> list[Image.Image]:
-        picture = _open_picture(sources[index], describe(sources[index], f"images[{index}]"))
+        picture = open_picture(sources[index], describe(sources[index], f"images[{index}]"))
         return _scale(picture, min_num, max_num, input_size, use_thumbnail)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -256,8 +256,11 @@ def describe(source: Any, name: str) -> str:
     return f"{name} ({kind})"
 
 
-def _open_picture(source: Any, label: str) -> Image.Image:
-    """Any picture that `load_image` takes, as an upright RGB image."""
+def open_picture(source: Any, label: str) -> Image.Image:
+    """Any picture that `load_image` takes, as an upright RGB image; `label` names it in the messages.
+
+    Raises what `load_image` raises of a picture.
+    """
     if isinstance(source, Image.Image):
         return _upright(source, label)
     if isinstance(source, np.ndarray):
