@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import nvlm
+from nvlm.checkpoint import expected_tensors, published_dtypes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache" / "tests"
@@ -49,6 +50,27 @@ def repository() -> Path:
 def recipe() -> ModuleType:
     """The golden files' own recipe of tiny checkpoints (`tests/recipe.py`)."""
     return _load(Path(__file__).parent / "recipe.py")
+
+
+@pytest.fixture
+def small_config(recipe: ModuleType) -> dict[str, Any]:
+    """The golden base config with a vocabulary of 64, to write it in no time."""
+    config = recipe.config_dict("base")
+    config["llm_config"]["vocab_size"] = 64
+    return config
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[[dict[str, Any]], dict[str, torch.Tensor]]:
+    """config -> random weights of every tensor, in the released dtypes."""
+
+    def draw(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+        stored = published_dtypes(config)
+        torch.manual_seed(0)
+        return {name: torch.randn(shape).to(dtypes[stored[name]]) for name, shape in expected_tensors(config).items()}
+
+    return draw
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> Path:

@@ -23,14 +23,6 @@ QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def small_config(recipe: ModuleType) -> dict[str, Any]:
-    """The golden base config with a vocabulary of 64, to write it in no time."""
-    config = recipe.config_dict("base")
-    config["llm_config"]["vocab_size"] = 64
-    return config
-
-
-@pytest.fixture
 def weights(small_config: dict[str, Any]) -> dict[str, torch.Tensor]:
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
     stored = published_dtypes(small_config)

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 import nvlm
-from nvlm.checkpoint import expected_tensors, published_dtypes
 from nvlm.cli.checkpoint_report import inspect_checkpoint
 from nvlm.cli.compose import compose
 from nvlm.cli.extract import PREFIXES, extract
 from nvlm.cli.main import main
+
+RandomWeights = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -38,27 +38,18 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def config(recipe: ModuleType) -> dict[str, Any]:
-    """The golden base config with a vocabulary of 64, to write it in no time."""
-    config = recipe.config_dict("base")
-    config["llm_config"]["vocab_size"] = 64
-    return config
+def config(small_config: dict[str, Any]) -> dict[str, Any]:
+    return small_config
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+def make(tmp_path: Path, random_weights: RandomWeights) -> Callable[[dict[str, Any]], Path]:
     """config -> folder of a checkpoint of random weights, with other files."""
 
     def make_checkpoint(config: dict[str, Any]) -> Path:
         folder = tmp_path / "source"
         folder.mkdir()
-        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
-        stored = published_dtypes(config)
-        torch.manual_seed(0)
-        weights = {
-            name: torch.randn(shape).to(dtypes[stored[name]]) for name, shape in expected_tensors(config).items()
-        }
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        save_file(random_weights(config), folder / "model.safetensors", {"format": "pt"})
         write_config(folder, config)
         for name in ("tokenizer_config.json", "merges.txt", "LICENSE", "README.md", "modeling_nvlm_d.py"):
             (folder / name).write_text("{}")

@@ -7,7 +7,6 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +22,8 @@ from nvlm.cli import checkpoint_writer, shards
 from nvlm.cli.checkpoint_report import DTYPE_BITS, inspect_checkpoint
 from nvlm.cli.main import main
 from nvlm.cli.repack import plan_repack, repack
+
+RandomWeights = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 
 QKV = "vision_model.encoder.layers.1.attn.qkv.weight"
 PROJ = "vision_model.encoder.layers.1.attn.proj.weight"
@@ -51,21 +52,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def config(recipe: ModuleType) -> dict[str, Any]:
-    """The golden base config with a vocabulary of 64, to write it in no time."""
-    config = recipe.config_dict("base")
-    config["llm_config"]["vocab_size"] = 64
-    return config
+def config(small_config: dict[str, Any]) -> dict[str, Any]:
+    return small_config
 
 
 @pytest.fixture
-def weights(recipe: ModuleType, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def weights(config: dict[str, Any], random_weights: RandomWeights) -> dict[str, torch.Tensor]:
     """Random weights in the released dtypes, the dummy heads silent."""
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
-    stored = published_dtypes(config)
-    shapes = expected_tensors(config)
-    torch.manual_seed(0)
-    made = {name: torch.randn(shape).to(dtypes[stored[name]]) for name, shape in shapes.items()}
+    made = random_weights(config)
     for i in range(3):
         made[f"vision_model.encoder.layers.{i}.attn.proj.weight"][:, REAL:] = 0
     return made
