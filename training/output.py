@@ -1,0 +1,59 @@
+"""The trained checkpoint as a folder that `AutoModel` and `AutoProcessor` load, like the one it began with."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import nvlm
+from nvlm.configuration_nvlm_d import NVLM_D_Config
+from nvlm.image_processing_nvlm_d import NVLM_D_ImageProcessor
+from nvlm.processing_nvlm_d import NVLM_D_Processor
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+
+
+def build_processor(config: NVLM_D_Config, tokenizer: PreTrainedTokenizerBase) -> NVLM_D_Processor:
+    """The processor that fits a config."""
+    image_processor = NVLM_D_ImageProcessor(
+        size=config.tile_size,
+        crop_to_patches=config.dynamic_image_size,
+        min_patches=config.min_dynamic_patch,
+        max_patches=config.max_dynamic_patch,
+        use_thumbnail=config.use_thumbnail,
+    )
+    template = Path(nvlm.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    return NVLM_D_Processor(
+        image_processor,
+        tokenizer,
+        image_seq_length=config.num_image_token,
+        tile_tag=config.tile_tag,
+        thumbnail_tag=config.thumbnail_tag,
+        chat_template=template,
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    start: Path,
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a whole checkpoint: weights, config, tokenizer and processor files.
+
+    Args:
+        folder: where to.
+        start: the checkpoint that training began with; its other files (code, licence) are copied.
+        model: whose config is written.
+        weights: every tensor by its published name.
+        tokenizer: the checkpoint's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in start.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHTS):
+            shutil.copy(file, folder)
+    model.save_pretrained(folder, state_dict=weights)
+    build_processor(model.config, tokenizer).save_pretrained(folder)
