@@ -4,10 +4,11 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 OTHERS := .cache/transformers
+VLLM := .cache/vllm-venv
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint tiny ablation bench versions clean
+.PHONY: demo test test-all lint tiny ablation serve-check bench versions clean
 
 demo: $(INSTALLED)
 	$(PY) -m examples.demo
@@ -21,7 +22,7 @@ test-all: $(INSTALLED) lint versions
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli training examples tiny benchmarks
+	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli training serving examples tiny benchmarks
 
 # The tiny trained checkpoint from seeds alone, about an hour on 2 cores; its ablation of tile tags, about as long.
 tiny: $(INSTALLED)
@@ -30,6 +31,14 @@ tiny: $(INSTALLED)
 ablation: $(INSTALLED)
 	$(PY) -m tiny.build --until decoder
 	$(PY) -m tiny.ablation
+
+# vLLM's server against this package, with and without the plugin; CHECKPOINT=DIR serves that folder.
+serve-check: $(INSTALLED) $(VLLM)/.installed
+	$(PY) -m nvlm.serving.check $(CHECKPOINT) --venv $(VLLM)
+
+$(VLLM)/.installed: serving/install_vllm.sh pyproject.toml | $(INSTALLED)
+	serving/install_vllm.sh $(VLLM) $(PY)
+	touch $@
 
 # The benchmarks of issue 2, one after the other on a quiet machine; each prints its ratios.
 bench: $(INSTALLED)
