@@ -36,6 +36,7 @@ def test_python_runs_as_written(readme, checkpoint, recipe, tmp_path):
     assert script.count("nvidia/NVLM-D-72B") == 1
     template = Path(__file__).resolve().parent.parent / "chat_template.jinja"
     script = script.replace("/path/to/NVLM-D-72B/chat_template.jinja", str(template))
+    script = script.replace('"tiny/checkpoint"', repr(str(template.parent / "tiny" / "checkpoint")))
     script = script.replace("nvidia/NVLM-D-72B", str(checkpoint("base"))).replace(
         "max_new_tokens=1024", "max_new_tokens=4"
     )

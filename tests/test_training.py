@@ -135,6 +135,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_the_cosine_may_end_after_the_stage(stage: Stage, tmp_path: Path) -> None:
+    short = dataclasses.replace(stage, steps=3, decay_steps=6, log_every=1, output=str(tmp_path / "short"))
+    whole = dataclasses.replace(stage, steps=6, log_every=1, output=str(tmp_path / "whole"))
+    assert train(short).losses == train(whole).losses[:3]
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "short" / "log.jsonl").read_text().splitlines()]
+    assert rates[-1] > stage.min_learning_rate
+
+
+def test_a_second_stage_keeps_its_own_records(stage: Stage, tmp_path: Path) -> None:
+    first = dataclasses.replace(stage, steps=2, log_every=1, output=str(tmp_path / "first"))
+    second = dataclasses.replace(first, steps=3, model=first.output, output=str(tmp_path / "second"))
+    train(first)
+    log = train(second).log
+    lines = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [entry["loss"] for entry in log]
+
+
 def test_an_earlier_run_is_not_overwritten(stage: Stage) -> None:
     stage = dataclasses.replace(stage, steps=1)
     train(stage, resume=True)  # nothing to resume: it begins
@@ -238,6 +255,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0"),
     ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
     ({"min_learning_rate": 1}, "min_learning_rate is 1, expected at most 2e-06"),
+    (
+        {"warmup_steps": 5, "decay_steps": 4},
+        r"decay_steps is 4, expected a whole number of at least warmup_steps \(5\)",
+    ),
     ({"steps": 1.5}, "steps is 1.5, expected a whole number of at least 1"),
     ({"steps": True}, "steps is True, expected a whole number"),
     ({"warmup_steps": 11}, r"warmup_steps is 11, expected at most steps \(10\)"),

@@ -1,5 +1,6 @@
 """From an encoder and a decoder to an NVLM-D, and from a trained one to the checkpoint of this repository."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nvlm import NVLM_D_Config, NVLM_D_Model
+from nvlm.checkpoint import read_json
 from nvlm.cli.overlay import hub_files, overlay
 from nvlm.prompt import control_token_id
 from tiny.page import TILE
@@ -66,6 +68,14 @@ def add_dummy_heads(model: NVLM_D_Model, count: int) -> None:
     config.num_dummy_heads = count
 
 
+def tidy_config(file: Path) -> None:
+    """Give a config.json the architecture's published name, and take out where its parts were on this machine."""
+    config = read_json(file) | {"architectures": ["NVLM_D"]}
+    for part in ("llm_config", "vision_config"):
+        config[part].pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def publish(trained: Path, folder: Path) -> None:
     """Write the checkpoint that the repository holds: with dummy heads, in bfloat16, with links to the code.
 
@@ -78,6 +88,7 @@ def publish(trained: Path, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     model.save_pretrained(work)
     AutoTokenizer.from_pretrained(trained).save_pretrained(work)
+    tidy_config(work / "config.json")
     overlay(work)
     for module in hub_files():
         (work / module.name).unlink()

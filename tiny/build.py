@@ -18,7 +18,7 @@ from nvlm.training.run import train
 from nvlm.training.stage import Stage
 from tiny.assemble import REPOSITORY, assemble, publish
 from tiny.card import write_card
-from tiny.dataset import as_caption, as_conversation, write_blend
+from tiny.dataset import as_caption, as_conversation, as_it_is, write_blend
 from tiny.decoder import DecoderRun, pretrain_decoder
 from tiny.encoder import EncoderRun, pretrain_encoder
 from tiny.evaluate import CHECKPOINT
@@ -38,16 +38,27 @@ CONVERSATIONS = {
     "two pictures": 10000,
     "arithmetic": 6000,
 }
-
-
+QUESTIONS = {
+    "digits": 1500,
+    "digit strings": 4000,
+    "words": 6000,
+    "shapes": 14000,
+    "charts": 12000,
+    "two pictures": 10000,
+    "arithmetic": 5000,
+}
 STEPS = {"encoder": 4000, "decoder": 1000}  # those of the two stages are in their YAML files
 
 
 def write_data(folder: Path) -> None:
-    """The training pages of both stages."""
-    captioned = make_skills(seed=SEED + 1, split="train")
-    write_blend(folder / "captions", captioned, CAPTIONS, form=as_caption)
-    write_blend(folder / "conversations", make_skills(seed=SEED, split="train"), CONVERSATIONS, form=as_conversation)
+    """The training pages of all stages; no seed is used twice."""
+    data = {
+        "conversations": (SEED, CONVERSATIONS, as_conversation),
+        "captions": (SEED + 1, CAPTIONS, as_caption),
+        "questions": (SEED + 3, QUESTIONS, as_it_is),
+    }
+    for name, (seed, counts, form) in data.items():
+        write_blend(folder / name, make_skills(seed=seed, split="train"), counts, form=form)
 
 
 def put_together(folder: Path) -> None:
@@ -82,13 +93,14 @@ PHASES: dict[str, Callable[[Path], object]] = {
     "start": put_together,
     "pretrain": lambda folder: run_stage(folder, "pretrain", model="start", data="captions"),
     "sft": lambda folder: run_stage(folder, "sft", model="pretrain", data="conversations"),
+    "answers": lambda folder: run_stage(folder, "answers", model="sft", data="questions"),
 }
 
 
 def run_phase(name: str) -> None:
     """Run a phase unless its result is there; what a phase that was cut off left behind is removed."""
     folder = WORK / name
-    done = folder / "seconds.json"
+    done = WORK / "seconds" / f"{name}.json"
     if done.exists():
         print(f"{name}: there already")
         return
@@ -98,6 +110,7 @@ def run_phase(name: str) -> None:
     start = time.perf_counter()
     PHASES[name](folder)
     seconds = round(time.perf_counter() - start, 1)
+    done.parent.mkdir(exist_ok=True)
     done.write_text(json.dumps({"seconds": seconds}) + "\n")
     print(f"{name}: {seconds} s", flush=True)
 
@@ -115,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_phase(name)
         if name == options.until:
             return
-    publish(WORK / "sft", CHECKPOINT)
-    write_card(CHECKPOINT, work=WORK)
+    publish(WORK / "answers", CHECKPOINT)
+    write_card(CHECKPOINT, work=WORK, phases=PHASES)
 
 
 if __name__ == "__main__":

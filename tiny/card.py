@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from nvlm.training.plot import smooth
-from tiny.evaluate import evaluate, table
+from tiny.evaluate import TARGETS, evaluate, table
 
-LOGS = {"encoder": "names", "decoder": "loss", "pretrain": "loss", "sft": "loss"}  # phase -> what its curve shows
+LOGS = {
+    "encoder": "names",
+    "decoder": "loss",
+    "pretrain": "loss",
+    "sft": "loss",
+    "answers": "loss",
+}  # phase -> what its curve shows
 SAMPLES = 500
 
 CARD = """---
@@ -33,7 +40,7 @@ from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("tiny/checkpoint", trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained("tiny/checkpoint", trust_remote_code=True)
-print(model.chat(tokenizer, None, "What is 37 + 25?"))
+print(model.chat(tokenizer, None, "What is 37 + 5?"))
 ```
 
 The modules here are links to the repository's own: copy the folder with `cp -rL`.
@@ -45,6 +52,8 @@ digits by index, one in five words and sums by hash. None of them was trained on
 
 {scores}
 
+{missed}
+
 The last rows are digit strings again with the model broken on purpose: the score notices each fault.
 
 ## Training
@@ -52,7 +61,7 @@ The last rows are digit strings again with the model broken on purpose: the scor
 {phases}
 
 The encoder learned to name what stands at each patch, the decoder to compute and to answer about notes in words; then
-the projector alone learned to describe pages, and projector and decoder learned all skills
+the projector alone learned to describe pages, and projector and decoder learned all skills, in two parts
 (`training/stages/tiny_*.yaml`). The logs are in `logs/`, the curves:
 
 ![loss curves](curves.png)
@@ -82,25 +91,27 @@ def plot_curves(file: Path, logs: dict[str, list[dict[str, Any]]]) -> None:
     figure.savefig(file, dpi=100)
 
 
-def write_card(folder: Path, *, work: Path) -> None:
-    """Evaluate the checkpoint and write its scores, logs, curves and model card into its folder.
+def write_card(folder: Path, *, work: Path, phases: Iterable[str]) -> None:
+    """Write a checkpoint's logs, curves and model card into its folder, and its scores unless they are there.
 
     Args:
         folder: the checkpoint.
         work: where `tiny.build` left the phases.
+        phases: their names.
     """
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    results = evaluate(model, AutoTokenizer.from_pretrained(folder), count=SAMPLES)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    scores = folder / "results.json"
+    if not scores.exists():
+        results = evaluate(model, AutoTokenizer.from_pretrained(folder), count=SAMPLES)
+        scores.write_text(json.dumps(results, indent=2) + "\n")
+    results = json.loads(scores.read_text())
     (folder / "logs").mkdir(exist_ok=True)
     for phase in LOGS:
         shutil.copy(work / phase / "log.jsonl", folder / "logs" / f"{phase}.jsonl")
     plot_curves(folder / "curves.png", {phase: read_log(folder / "logs" / f"{phase}.jsonl") for phase in LOGS})
-    seconds = {
-        phase.parent.name: json.loads(phase.read_text())["seconds"] for phase in sorted(work.glob("*/seconds.json"))
-    }
+    seconds = {phase: json.loads((work / "seconds" / f"{phase}.json").read_text())["seconds"] for phase in phases}
     rows = [f"| {phase} | {value / 60:.1f} |" for phase, value in seconds.items()]
-    total = f"| all | {sum(seconds.values()) / 60:.1f} |"
+    missed = [f"{name} ({value:.1f})" for name, value in results["scores"].items() if value < TARGETS[name]]
     stored = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     text = CARD.format(
@@ -113,7 +124,10 @@ def write_card(folder: Path, *, work: Path) -> None:
         tile=model.config.tile_size,
         tokens=model.config.num_image_token,
         scores=table(results),
-        phases="\n".join(["| phase | minutes on 2 cores |", "| --- | ---: |", *rows, total]),
+        missed=f"Below their targets: {', '.join(missed)}." if missed else "All targets are reached.",
+        phases="\n".join(
+            ["| phase | minutes on 2 cores |", "| --- | ---: |", *rows, f"| all | {sum(seconds.values()) / 60:.1f} |"]
+        ),
     )
     (folder / "README.md").write_text(text)
     print(table(results))

@@ -16,6 +16,11 @@ def as_caption(sample: Sample) -> Sample:
     return sample.caption()
 
 
+def as_it_is(sample: Sample) -> Sample:
+    """A sample as the second part of the second stage takes it: its questions."""
+    return sample
+
+
 def as_conversation(sample: Sample) -> Sample:
     """A sample as the second stage takes it: all its questions, and in the end its pages are described."""
     if not sample.pages:

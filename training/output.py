@@ -12,6 +12,7 @@ from nvlm.image_processing_nvlm_d import NVLM_D_ImageProcessor
 from nvlm.processing_nvlm_d import NVLM_D_Processor
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+_RECORDS = ("log.jsonl", "loss.png", "stage.yaml")  # of the run that made the start
 
 
 def build_processor(config: NVLM_D_Config, tokenizer: PreTrainedTokenizerBase) -> NVLM_D_Processor:
@@ -53,7 +54,7 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in start.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS):
+        if file.is_file() and not file.name.endswith((*_WEIGHTS, *_RECORDS)):
             shutil.copy(file, folder)
     model.save_pretrained(folder, state_dict=weights)
     build_processor(model.config, tokenizer).save_pretrained(folder)

@@ -53,6 +53,8 @@ class Stage:
         format: "chat" (ChatML, loss on assistant turns) or "pretrain" (no roles, loss on the answer) (SPEC 6).
         learning_rate: the highest one, after the warmup.
         min_learning_rate: the last one, at the end of the cosine.
+        decay_steps: steps, warmup counted, after which the cosine is at its end; None for `steps`. More than `steps`
+            leaves the end of the decline to a later stage.
         warmup_steps: steps of linear warmup from 0.
         weight_decay: AdamW's, on everything but biases and norms.
         clip: largest norm of all gradients together; 0 for no limit.
@@ -87,6 +89,7 @@ class Stage:
     format: str = "chat"
     learning_rate: float = 2e-6
     min_learning_rate: float = 0.0
+    decay_steps: int | None = None
     warmup_steps: int = 0
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -155,6 +158,9 @@ class Stage:
         require(peak > 0, "learning_rate", peak, "a number above 0")
         require(self.min_learning_rate <= peak, "min_learning_rate", self.min_learning_rate, f"at most {peak}")
         require(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps ({self.steps})")
+        fits = self.decay_steps is None or is_whole(self.decay_steps, low=max(self.warmup_steps, 1))
+        expected = f"a whole number of at least warmup_steps ({self.warmup_steps}) and 1, or null for steps"
+        require(fits, "decay_steps", self.decay_steps, expected)
         tiles = "a whole number of at least 1, or null for the config's"
         require(self.max_tiles is None or is_whole(self.max_tiles, low=1), "max_tiles", self.max_tiles, tiles)
         divides = self.batch_size % self.micro_batch_size == 0

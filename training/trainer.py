@@ -113,6 +113,10 @@ class StageTrainer(Trainer):
         self._encoder.eval()
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate's cosine, over the stage's own number of steps."""
+        return super().create_scheduler(self._stage.decay_steps or num_training_steps, optimizer)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None: the Trainer's estimate counts all parameters anew for each batch, and knows nothing of tiles."""
         return 0

@@ -1,0 +1,1 @@
+../../configuration_intern_vit.py

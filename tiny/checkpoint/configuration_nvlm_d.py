@@ -1,0 +1,1 @@
+../../configuration_nvlm_d.py

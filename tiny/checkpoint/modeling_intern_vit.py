@@ -1,0 +1,1 @@
+../../modeling_intern_vit.py

@@ -1,0 +1,1 @@
+../../modeling_nvlm_d.py

@@ -1,0 +1,1 @@
+../../processing_nvlm_d.py
