@@ -18,6 +18,7 @@ from .configuration_nvlm_d import NVLM_D_Config
 from .conversation import get_conv_template
 from .device_map import split_model
 from .image_processing_nvlm_d import NVLM_D_ImageProcessor
+from .loading import bitsandbytes_4bit, bitsandbytes_8bit, torchao_int4, torchao_int8
 from .modeling_intern_vit import InternVisionModel
 from .modeling_nvlm_d import NVLM_D_Model
 from .preprocessing import build_transform, dynamic_preprocess, find_closest_aspect_ratio, load_image, load_images
@@ -31,6 +32,8 @@ __all__ = [
     "NVLM_D_ImageProcessor",
     "NVLM_D_Model",
     "NVLM_D_Processor",
+    "bitsandbytes_4bit",
+    "bitsandbytes_8bit",
     "build_transform",
     "dynamic_preprocess",
     "find_closest_aspect_ratio",
@@ -39,6 +42,8 @@ __all__ = [
     "load_images",
     "load_video",
     "split_model",
+    "torchao_int4",
+    "torchao_int8",
 ]
 
 AutoConfig.register(InternVisionConfig.model_type, InternVisionConfig, exist_ok=True)

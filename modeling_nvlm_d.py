@@ -81,6 +81,12 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The decoder brings its own plan. Of the rest, transformers 5 can split these layers alone: attention's q, k and v
+    # lie in one weight, and the projector's layers have numbers for names. 4.57 knows no names with numbers at all.
+    _tp_plan = {  # noqa: RUF012
+        "vision_model.encoder.layers.*.mlp.fc1": "colwise",
+        "vision_model.encoder.layers.*.mlp.fc2": "rowwise",
+    }
 
     def __init__(self, config: NVLM_D_Config) -> None:
         super().__init__(config)

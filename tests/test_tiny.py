@@ -1,6 +1,8 @@
 """The tiny model's generators, how it is built, and what the checkpoint of this repository understands."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,7 @@ def test_make_tiny_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rep
     monkeypatch.setattr(build, "CAPTIONS", {"shapes": 4})
     monkeypatch.setattr(build, "CONVERSATIONS", {"digit strings": 4, "two pictures": 4, "arithmetic": 4})
     monkeypatch.setattr(build, "QUESTIONS", {"words": 4, "charts": 4})
-    monkeypatch.setattr(build, "STEPS", {"encoder": 2, "decoder": 2})
+    monkeypatch.setattr(build, "STEPS", {"encoder": 6, "decoder": 6})
     monkeypatch.setattr(build, "STAGES", tmp_path)
     for name in ("tiny_pretrain", "tiny_sft", "tiny_answers"):
         stage = yaml.safe_load((repository / "training" / "stages" / f"{name}.yaml").read_text())
@@ -261,11 +263,20 @@ def test_checkpoint_is_small_and_fits_vllm() -> None:
     assert config["llm_config"]["hidden_size"] // config["llm_config"]["num_attention_heads"] in (32, 64)
 
 
-def test_checkpoint_loads_with_its_own_code(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    model = AutoModel.from_pretrained(CHECKPOINT, trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules")
-    answer = model.chat(tiny_tokenizer, None, "What is 2 + 3?", {"max_new_tokens": 4, "do_sample": False})
-    assert answer == "5"
+def test_checkpoint_loads_with_its_own_code() -> None:
+    script = f"""
+from transformers import AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True)
+print(type(model).__module__, model.dtype)
+print(model.chat(tokenizer, None, "What is 12 + 3?", dict(max_new_tokens=4, do_sample=False)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKPOINT.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    module, answer = result.stdout.splitlines()
+    assert module.startswith("transformers_modules.")
+    assert module.endswith("torch.bfloat16")
+    assert answer == "15"
 
 
 def test_links_to_the_code_are_whole() -> None:

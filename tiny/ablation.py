@@ -53,6 +53,8 @@ def stage_of(name: str, *, model: Path, data: str, steps: int, **changes: Any) -
         blend=str(ROOT / data / "blend.yaml"),
         steps=steps,
         warmup_steps=min(20, steps),
+        decay_steps=None,
+        sequence_length=512,  # boxes make the longest tags
         **changes,
     )
 

@@ -107,7 +107,7 @@ def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Deco
         decoder.parameters(), lr=run.learning_rate, betas=(0.9, 0.98), weight_decay=run.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.learning_rate, total_steps=run.steps, pct_start=run.warmup_steps / run.steps
+        optimizer, run.learning_rate, total_steps=run.steps, pct_start=min(0.5, run.warmup_steps / run.steps)
     )
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -73,7 +73,7 @@ def train(stage: Stage, resume: bool = False) -> Result:
         FileNotFoundError, ValueError: the model, the data or the settings do not fit; the message says how.
         RuntimeError: several GPUs but one process; or the encoder changed.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it finds one process where there are several
     output = Path(stage.output)
     checkpoint = last_checkpoint(output) if resume else None
     if not resume and (output / "log.jsonl").exists():
@@ -81,6 +81,8 @@ def train(stage: Stage, resume: bool = False) -> Result:
     state.wait_for_everyone()  # before anybody writes there
     # The arguments come before the model: they tell transformers to load it in shards, where accelerate asks for it.
     args = training_arguments(stage, world_size=state.num_processes)
+    if args.world_size != state.num_processes:
+        raise RuntimeError(f"The Trainer sees {args.world_size} processes, accelerate {state.num_processes}.")
     if args.n_gpu > 1:
         raise RuntimeError(f"One process sees {args.n_gpu} GPUs, expected one each: start with `accelerate launch`.")
     start = Path(stage.model)
