@@ -19,8 +19,8 @@ from nvlm.training.stage import Stage
 from tiny.assemble import REPOSITORY, assemble, publish
 from tiny.card import write_card
 from tiny.dataset import as_caption, as_conversation, as_it_is, write_blend
-from tiny.decoder import DecoderRun, pretrain_decoder
-from tiny.encoder import EncoderRun, pretrain_encoder
+from tiny.decoder import pretrain_decoder
+from tiny.encoder import pretrain_encoder
 from tiny.evaluate import CHECKPOINT
 from tiny.skills import make_skills
 from tiny.vocabulary import build_vocabulary
@@ -85,9 +85,9 @@ def run_stage(folder: Path, name: str, *, model: str, data: str) -> None:
 
 PHASES: dict[str, Callable[[Path], object]] = {
     "vocabulary": build_vocabulary,
-    "encoder": lambda folder: pretrain_encoder(folder, EncoderRun(steps=STEPS["encoder"], seed=SEED)),
+    "encoder": lambda folder: pretrain_encoder(folder, steps=STEPS["encoder"], seed=SEED),
     "decoder": lambda folder: pretrain_decoder(
-        folder, AutoTokenizer.from_pretrained(WORK / "vocabulary"), DecoderRun(steps=STEPS["decoder"], seed=SEED)
+        folder, AutoTokenizer.from_pretrained(WORK / "vocabulary"), steps=STEPS["decoder"], seed=SEED
     ),
     "data": write_data,
     "start": put_together,

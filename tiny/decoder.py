@@ -1,21 +1,17 @@
 """Pre-training of the tiny decoder on text: sums, and questions about pages that notes describe in words."""
 
-import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from nvlm import NVLM_D_Config
 from nvlm.prompt import control_token_id
 from nvlm.training.encoding import IGNORED, Example, SampleEncoder
 from nvlm.training.samples import Turn
+from tiny.backbone import Run, fit
 from tiny.page import Sample, Skill
 from tiny.skills import SKILLS, Arithmetic
 
@@ -85,46 +81,25 @@ def accuracy(decoder: Qwen2ForCausalLM, stream: TextStream, *, batches: int, siz
     return right / total
 
 
-@dataclass(frozen=True)
-class DecoderRun:
-    """How the decoder is trained."""
-
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.1
-    seed: int = 0
-
-
-def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, run: DecoderRun) -> Qwen2ForCausalLM:
+def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, *, steps: int, seed: int) -> Qwen2ForCausalLM:
     """Train a decoder from nothing, save it to `folder` with its log, and return it."""
-    torch.manual_seed(run.seed)
+    torch.manual_seed(seed)
     decoder = Qwen2ForCausalLM(tiny_decoder_config(tokenizer))
-    stream = TextStream(tokenizer, seed=run.seed, split="train")
-    held_out = TextStream(tokenizer, seed=run.seed + 1, split="test")
-    optimizer = torch.optim.AdamW(
-        decoder.parameters(), lr=run.learning_rate, betas=(0.9, 0.98), weight_decay=run.weight_decay
+    stream = TextStream(tokenizer, seed=seed, split="train")
+    held_out = TextStream(tokenizer, seed=seed + 1, split="test")
+    run = Run(steps=steps, learning_rate=2e-3, weight_decay=0.1)
+
+    def losses() -> dict[str, torch.Tensor]:
+        ids, labels = stream.batch(run.batch_size)
+        return {"loss": decoder(ids, labels=labels).loss}
+
+    fit(
+        folder,
+        decoder,
+        run,
+        losses=losses,
+        measure=lambda: {"accuracy": accuracy(decoder, held_out, batches=16, size=32)},
+        measure_every=500,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.learning_rate, total_steps=run.steps, pct_start=min(0.5, run.warmup_steps / run.steps)
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with (folder / "log.jsonl").open("w") as log:
-        for step in tqdm(range(1, run.steps + 1), desc="decoder", mininterval=5):
-            ids, labels = stream.batch(run.batch_size)
-            loss = decoder(ids, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 100 == 0 or step == run.steps:
-                line = {"step": step, "seconds": round(time.perf_counter() - start, 1), "loss": round(loss.item(), 4)}
-                if step % 500 == 0 or step == run.steps:
-                    line["accuracy"] = round(accuracy(decoder, held_out, batches=16, size=32), 4)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
     decoder.save_pretrained(folder)
     return decoder

@@ -4,21 +4,18 @@ A linear layer on every patch's features names the mark whose centre lies in the
 patch's colours and its place on the tile. The three layers are thrown away afterwards.
 """
 
-import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
 from nvlm import load_image
 from nvlm.configuration_intern_vit import InternVisionConfig
 from nvlm.modeling_intern_vit import InternVisionModel
 from nvlm.preprocessing import tile_grid
+from tiny.backbone import Run, fit
 from tiny.page import PATCH, TILE, Page, Skill
 from tiny.skills import Charts, Digits, DigitStrings, Shapes, Words
 from tiny.skills.charts import TALLEST
@@ -135,49 +132,22 @@ def accuracy(model: LabelledEncoder, *, tiles: int, seed: int) -> dict[str, floa
     for label, is_right in zip(labels.flatten().tolist(), (names == labels).flatten().tolist(), strict=True):
         groups.setdefault(LABELS[label].split()[0], []).append(is_right)
     model.train()
-    return {group: sum(rights) / len(rights) for group, rights in sorted(groups.items())}
+    return {f"accuracy {group}": sum(rights) / len(rights) for group, rights in sorted(groups.items())}
 
 
-@dataclass(frozen=True)
-class EncoderRun:
-    """How the encoder is trained."""
-
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.05
-    seed: int = 0
-
-
-def pretrain_encoder(folder: Path, run: EncoderRun) -> InternVisionModel:
+def pretrain_encoder(folder: Path, *, steps: int, seed: int) -> InternVisionModel:
     """Train an encoder from nothing, save it to `folder` with its log, and return it."""
-    torch.manual_seed(run.seed)
+    torch.manual_seed(seed)
     model = LabelledEncoder(InternVisionModel(tiny_vision_config()))
-    stream = TileStream(seed=run.seed, split="train")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=run.learning_rate, betas=(0.9, 0.98), weight_decay=run.weight_decay
+    stream = TileStream(seed=seed, split="train")
+    run = Run(steps=steps, learning_rate=1.5e-3, weight_decay=0.05)
+    fit(
+        folder,
+        model,
+        run,
+        losses=lambda: losses(model, *stream.batch(run.batch_size)),
+        measure=lambda: accuracy(model, tiles=512, seed=seed + 1),
+        measure_every=1000,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.learning_rate, total_steps=run.steps, pct_start=min(0.5, run.warmup_steps / run.steps)
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with (folder / "log.jsonl").open("w") as log:
-        for step in tqdm(range(1, run.steps + 1), desc="encoder", mininterval=5):
-            parts = losses(model, *stream.batch(run.batch_size))
-            optimizer.zero_grad()
-            torch.stack(list(parts.values())).sum().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 100 == 0 or step == run.steps:
-                line: dict[str, float] = {"step": step, "seconds": round(time.perf_counter() - start, 1)}
-                line |= {name: round(loss.item(), 4) for name, loss in parts.items()}
-                if step % 1000 == 0 or step == run.steps:
-                    rights = accuracy(model, tiles=512, seed=run.seed + 1)
-                    line |= {f"accuracy {group}": round(share, 4) for group, share in rights.items()}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
     model.encoder.save_pretrained(folder)
     return model.encoder
