@@ -17,15 +17,19 @@ from .configuration_intern_vit import InternVisionConfig
 from .configuration_nvlm_d import NVLM_D_Config
 from .conversation import get_conv_template
 from .device_map import split_model
+from .feature_cache import FeatureCache
 from .image_processing_nvlm_d import NVLM_D_ImageProcessor
 from .loading import bitsandbytes_4bit, bitsandbytes_8bit, torchao_int4, torchao_int8
 from .modeling_intern_vit import InternVisionModel
 from .modeling_nvlm_d import NVLM_D_Model
 from .preprocessing import build_transform, dynamic_preprocess, find_closest_aspect_ratio, load_image, load_images
 from .processing_nvlm_d import NVLM_D_Processor
+from .session import ChatSession
 from .video import load_video
 
 __all__ = [
+    "ChatSession",
+    "FeatureCache",
     "InternVisionConfig",
     "InternVisionModel",
     "NVLM_D_Config",

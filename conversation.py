@@ -1,7 +1,8 @@
 """Conversation templates: who says what becomes one row of segments (SPEC 6).
 
-A segment is either text, which can never turn into a control token, or a `Control`, which is one. Only a template
-makes controls, so whatever a user, a history or a system message contains cannot open or close a turn.
+A segment is either text, which can never turn into a control token, or a `Control`, which is one, or `Tokens` that the
+model wrote. Only a template makes controls, so whatever a user, a history or a system message contains cannot open or
+close a turn.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,18 @@ class Control:
         return self.token * self.count
 
 
-Segment = str | Control
+@dataclass(frozen=True)
+class Tokens:
+    """What a model generated, as the ids that it generated, and what they say."""
+
+    ids: tuple[int, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Segment = str | Control | Tokens
 Content = str | Sequence[Segment]
 
 

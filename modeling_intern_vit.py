@@ -134,9 +134,10 @@ class InternAttention(torch.nn.Module):
         """x [n, t, D] -> ([n, t, D], probabilities [n, h, t, t] with the eager backend)."""
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         query, key = self.q_norm(query), self.k_norm(key)
+        # Not by einops, whose patterns torch.compile would trace letter by letter, in every layer.
         query, key, value = (
-            rearrange(part, "n t (h d) -> n h t d", d=self.config.head_dim) for part in (query, key, value)
-        )
+            part.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for part in (query, key, value)
+        )  # [n, h, t, d]
         backend = self.config._attn_implementation
         attend: Callable = eager_attention if backend in (None, "eager") else ALL_ATTENTION_FUNCTIONS[backend]
         output, probabilities = attend(
@@ -149,7 +150,7 @@ class InternAttention(torch.nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             is_causal=False,
         )
-        output = self.proj(rearrange(output, "n t h d -> n t (h d)"))
+        output = self.proj(output.flatten(2))  # [n, t, D]
         return self.proj_drop(output), probabilities
 
     def dummy_heads_are_zero(self) -> bool:
@@ -253,6 +254,17 @@ class InternVisionModel(PreTrainedModel):
         self.embeddings = InternVisionEmbeddings(config)
         self.encoder = InternVisionEncoder(config)
         self.post_init()
+
+    @property
+    def activation_bytes(self) -> int:
+        """What one tile needs at most inside a layer, without gradients, in bytes.
+
+        That is in its MLP: the embeddings, the layer's input, the stream with attention's output, that output and its
+        norm (T, 5 D), and what fc1 and the activation put out (T, 2 M).
+        """
+        config = self.config
+        positions = 1 + (config.image_size // config.patch_size) ** 2
+        return positions * (5 * config.hidden_size + 2 * config.intermediate_size) * self.dtype.itemsize
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings

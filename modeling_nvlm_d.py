@@ -11,19 +11,30 @@ from einops import rearrange
 from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen2ForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .answering import Answerer  # noqa: F401 (transformers 4.57 copies only what this file itself imports)
+from .batching import group_prompts  # noqa: F401
 from .chat import ChatMixin
+from .chat_arguments import read_pictures  # noqa: F401
+from .chat_samples import read_samples  # noqa: F401
 from .configuration_nvlm_d import NVLM_D_Config
+from .feature_cache import FeatureCache  # noqa: F401
 from .loading import execution_device, on_single_device, translate_arguments
 from .modeling_intern_vit import InternVisionModel
+from .pictures import Picture  # noqa: F401
+from .prefix import Prefix  # noqa: F401
+from .preprocessing import load_image  # noqa: F401
 from .projector import build_projector, pixel_shuffle
-from .prompt import encode_prompt  # noqa: F401 (transformers 4.57 copies only what this file itself imports)
+from .prompt import encode_prompt  # noqa: F401
+from .session import ChatSession  # noqa: F401
 from .tile_tags import tile_tags  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 DECODERS: dict[str, type[PreTrainedModel]] = {
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
@@ -46,13 +57,36 @@ def build_decoder(config: PretrainedConfig) -> PreTrainedModel:
     return decoder
 
 
+def mask_of_chunk(mask: Any, start: int, end: int, *, past: int) -> Any:
+    """The part of a decoder's attention mask that belongs to the tokens start..end of its input.
+
+    Args:
+        mask: (B, past + L), 0 at padding; or what static caches bring: (B, 1, L, cache), or such masks by kind of
+            layer; or None.
+        past: how many tokens are in the KV cache before the input.
+
+    Raises:
+        ValueError: a mask of blocks, which flex attention makes for a static cache.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, dict):
+        return {kind: mask_of_chunk(part, start, end, past=past) for kind, part in mask.items()}
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"prefill_chunk_size can't cut a {type(mask).__name__}: with a static cache, use eager attention or SDPA."
+        )
+    return mask[:, : past + end] if mask.ndim == 2 else mask[:, :, start:end]
+
+
 @dataclass
 class NVLM_D_Output(ModelOutput):
     """What `forward` returns.
 
     Args:
         loss: scalar, where labels are passed.
-        logits: (B, L, vocabulary), or the last `logits_to_keep` positions of it.
+        logits: (B, L, vocabulary), or the last `logits_to_keep` positions of it; of the last chunk where the prompt
+            was read in chunks.
         past_key_values: the KV cache.
         hidden_states, attentions: the decoder's, where asked for.
         image_hidden_states: (tiles, tokens, H) projected features, where pictures are passed.
@@ -149,6 +183,23 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         """Decoder tokens per tile."""
         return self.config.num_image_token
 
+    def limit_encoder_memory(self, max_bytes: int) -> int:
+        """Set the config's `tile_batch_size` to as many tiles as the encoder can take within a budget, at least one.
+
+        Args:
+            max_bytes: for the activations inside an encoder layer; a released tile needs 85 MB in bfloat16.
+
+        Returns:
+            The number of tiles.
+
+        Raises:
+            ValueError: no positive number.
+        """
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}, expected a positive number of bytes.")
+        self.config.tile_batch_size = max(1, max_bytes // self.vision_model.activation_bytes)
+        return self.config.tile_batch_size
+
     def drop_dummy_heads(self) -> int:
         """Remove the encoder's dummy heads where that changes nothing; see `InternVisionModel.drop_dummy_heads`."""
         return self.vision_model.drop_dummy_heads()
@@ -198,6 +249,16 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         norm = self.mlp1[0]
         dtype = next(norm.parameters()).dtype
         return self.mlp1(visual_features.to(execution_device(norm), dtype))
+
+    def get_visual_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (tiles, 3, S, S) -> pixel-shuffled features (tiles, tokens, 12800), for `visual_features`."""
+        batches = pixel_values.split(self.config.tile_batch_size)
+        return torch.cat([self.shuffle_patches(self.run_encoder(tiles).last_hidden_state) for tiles in batches])
+
+    @property
+    def encoder_version(self) -> int:
+        """A number that changes with the encoder's weights: how often they were written to."""
+        return sum(0 if weight.is_inference() else weight._version for weight in self.vision_model.parameters())
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (tiles, 3, S, S) -> decoder embeddings (tiles, tokens, 8192), `tile_batch_size` tiles at once."""
@@ -287,6 +348,45 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
+    def fill_cache(
+        self,
+        chunk_size: int,
+        *,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """Let the decoder read its input into the KV cache, all but the last chunk.
+
+        Its layers then need memory for `chunk_size` tokens, however long the input is.
+
+        Args:
+            chunk_size: most tokens of a row to read at once.
+            inputs_embeds, attention_mask, position_ids, past_key_values: the decoder's, of the whole input.
+
+        Returns:
+            The same four for the last chunk.
+
+        Raises:
+            ValueError: `chunk_size` is below 1; or as `mask_of_chunk`.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size is {chunk_size}, expected a number of tokens, at least 1.")
+        length = inputs_embeds.shape[1]
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        for start in range(0, length, chunk_size):
+            end = min(start + chunk_size, length)
+            chunk = {
+                "inputs_embeds": inputs_embeds[:, start:end],
+                "attention_mask": mask_of_chunk(attention_mask, start, end, past=past),
+                "position_ids": None if position_ids is None else position_ids[:, start:end],
+                "past_key_values": past_key_values,
+            }
+            if end < length:
+                past_key_values = self.get_decoder()(**chunk, use_cache=True).past_key_values
+        return chunk
+
     @can_return_tuple
     def forward(  # type: ignore[misc]  # position_ids is a field of TransformersKwargs too
         self,
@@ -303,6 +403,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         visual_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prompt_length: int | None = None,
+        prefill_chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NVLM_D_Output:
         """One pass of the decoder over text and pictures.
@@ -322,10 +423,12 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             mm_encoder_outputs: {"image": what `get_image_features` returned}, in the place of both.
             prompt_length: where generated tokens begin (generation without a cache reads them again): a placeholder
                 that the model itself wrote is a token like any other.
+            prefill_chunk_size: most tokens of a row that the decoder reads at once; the logits are then those of the
+                last chunk.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds; several kinds of pictures; or as many
-                placeholders as there are features do not stand in the input.
+            ValueError: not exactly one of input_ids and inputs_embeds; several kinds of pictures; as many
+                placeholders as there are features do not stand in the input; or chunks with labels or without a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds.")
@@ -346,15 +449,19 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         if features is not None:
             inputs_embeds = self.splice(inputs_embeds, placeholders.to(inputs_embeds.device), features)
 
+        inputs: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        if prefill_chunk_size is not None:
+            if labels is not None or use_cache is False:
+                raise ValueError("prefill_chunk_size needs the KV cache, and computes no logits for labels.")
+            inputs = self.fill_cache(prefill_chunk_size, **inputs)
+            kwargs.pop("cache_position", None)  # type: ignore[misc]  # transformers 4.57's, of the whole input
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **kwargs,
+            **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs
         )
         loss = None
         if labels is not None:
@@ -381,6 +488,23 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             kwargs["prompt_length"] = prompts[0].shape[1]
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Settings that transformers would not follow here.
+
+        - `prefill_chunk_size` goes to `forward`, which cuts the input where the pictures are already in it. What
+          `generate` would do with it depends on the version: leave pictures out (5.16), miscount padding (4.57).
+        - Caches that are offloaded to the CPU need a model that is elsewhere: on a CPU they are plain ones.
+        """
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if generation_config.prefill_chunk_size is not None:
+            model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
+            generation_config.prefill_chunk_size = None
+        not_offloaded = {"offloaded": None, "offloaded_static": "static"}
+        if generation_config.cache_implementation in not_offloaded and self.input_device.type == "cpu":
+            logger.warning_once("The model is on the CPU, to which caches are offloaded: using a plain cache.")
+            generation_config.cache_implementation = not_offloaded[generation_config.cache_implementation]
+        return generation_config, model_kwargs
 
     def _expand_inputs_for_generation(
         self,
@@ -413,6 +537,6 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         """After the prefill the pictures are in the KV cache; without one, every step needs them again."""
         model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
         if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("mm_encoder_outputs", None)
-            model_kwargs.pop("prompt_length", None)
+            for name in ("mm_encoder_outputs", "prompt_length", "prefill_chunk_size"):
+                model_kwargs.pop(name, None)
         return model_kwargs

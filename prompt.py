@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversation import CONTROL_TOKENS, Control, Segment
+from .conversation import CONTROL_TOKENS, Content, Control, ConversationTemplate, Message, Segment, Tokens
+from .tile_tags import tile_tags
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -18,6 +20,32 @@ def picture_segments(
     for tag in tags:
         segments += [tag, Control(image_token, num_image_token)]
     return [*segments, end]
+
+
+def config_picture(
+    config: Any,
+    num_tiles: int,
+    *,
+    image_token: str,
+    grid: tuple[int, int] | None = None,
+    start: str = "<Image>",
+    end: str = "</Image>",
+) -> list[Segment]:
+    """A picture of `num_tiles` tiles in the prompt, with the tags that a model's config asks for.
+
+    Args:
+        config: an `NVLM_D_Config`, or whatever has its fields.
+        grid: (columns, rows) of the tiles, for the 2-D tags.
+    """
+    tags = tile_tags(
+        num_tiles,
+        kind=config.tile_tag,
+        thumbnail_tag=config.thumbnail_tag,
+        has_thumbnail=config.use_thumbnail,
+        grid=grid,
+        tile_size=config.tile_size,
+    )
+    return picture_segments(tags, num_image_token=config.num_image_token, image_token=image_token, start=start, end=end)
 
 
 def place_pictures(text: str, pictures: Sequence[Sequence[Segment]]) -> list[Segment]:
@@ -33,6 +61,39 @@ def place_pictures(text: str, pictures: Sequence[Sequence[Segment]]) -> list[Seg
     for picture, run in zip(pictures, runs[1:], strict=True):
         segments += [*picture, run]
     return segments
+
+
+def place_in_turns(questions: Sequence[str], pictures: Sequence[Sequence[Segment]]) -> list[Content]:
+    """The questions of a conversation with its pictures, in order, in the places of their `<image>`.
+
+    Without any pictures `<image>` is text.
+    """
+    if not pictures:
+        return list(questions)
+    contents: list[Content] = []
+    remaining = list(pictures)
+    for question in questions:
+        count = question.count(IMAGE_PLACEHOLDER)
+        contents.append(place_pictures(question, remaining[:count]))
+        remaining = remaining[count:]
+    return contents
+
+
+def render_turns(
+    template: ConversationTemplate, turns: Sequence[tuple[Content, str | Tokens | None]], *, system: str | None
+) -> list[Segment]:
+    """A conversation as the prompt that asks for its next answer.
+
+    Args:
+        turns: (question, answer) pairs; the answer of the last one, None, is to come.
+        system: the system message; None for a prompt that starts at the user's turn.
+    """
+    messages = [] if system is None else [Message("system", system)]
+    for question, answer in turns:
+        messages.append(Message("user", question))
+        if answer is not None:
+            messages.append(Message("assistant", [answer]))
+    return template.render(messages)
 
 
 def merge_text(segments: Sequence[Segment]) -> list[Segment]:
@@ -103,6 +164,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment
     for segment in merge_text(segments):
         if isinstance(segment, Control):
             ids += [control_token_id(tokenizer, segment.token)] * segment.count
+        elif isinstance(segment, Tokens):
+            ids += segment.ids
         else:
             ids += encode_text(tokenizer, segment, controls=controls)
     return ids

@@ -1,14 +1,14 @@
 """`nvlm chat`: one question, or a conversation with pictures, answers streamed (SPEC 7)."""
 
 import argparse
-import functools
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from ..session import ChatSession
 
 HELP = """\
 /image FILE   add a picture to the next message
@@ -48,16 +48,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--max-new-tokens and --max-tiles must be at least 1.")
     if args.temperature < 0:
         raise ValueError(f"--temperature is {args.temperature}, expected 0 (greedy) or more.")
-    session = open_session(args)
+    talk = open_session(args)
     for path in args.image:
-        session.add_image(path)
+        talk.add_image(path)
     if args.question is None:
-        converse(session)
+        converse(talk)
         return 0
-    return 0 if print_answer(session, args.question) else 130
+    return 0 if print_answer(talk, args.question) else 130
 
 
-def open_session(args: argparse.Namespace) -> "ChatSession":
+def open_session(args: argparse.Namespace) -> "Talk":
     """Load the model and the tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
@@ -79,48 +79,28 @@ def open_session(args: argparse.Namespace) -> "ChatSession":
         max_num = args.max_tiles if config.dynamic_image_size else 1
         return load_image(path, config.tile_size, max_num, use_thumbnail=config.use_thumbnail)
 
-    return ChatSession(model, tokenizer, generation_config, read_image=read_image, system_message=args.system)
+    session = model.start_chat(tokenizer, system=args.system, generation_config=generation_config)
+    return Talk(session, read_image=read_image)
 
 
-class ChatSession:
-    """A conversation: its turns, the tiles of its pictures, and the pictures for the next message.
+class Talk:
+    """A conversation at a terminal: its session, and the pictures for the next message.
 
     Args:
-        model: has `chat` (SPEC 7), with `system_message`.
-        tokenizer: the checkpoint's.
-        generation_config: what `chat` takes, without a streamer.
+        session: what `model.start_chat` gave.
         read_image: file name -> (tiles, 3, side, side) tiles of the picture.
-        system_message: None for the model's own.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        generation_config: dict[str, Any],
-        *,
-        read_image: Callable[[str], "torch.Tensor"],
-        system_message: str | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.generation_config = generation_config
+    def __init__(self, session: "ChatSession", *, read_image: Callable[[str], "torch.Tensor"]) -> None:
+        self.session = session
         self.read_image = read_image
-        self.options: dict[str, Any] = {} if system_message is None else {"system_message": system_message}
-        self.reset()
+        self.new_pictures: list[torch.Tensor] = []
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.history: list[tuple[str, str]] = []
-        self.turn_pictures: list[list[torch.Tensor]] = []  # of each turn of the history
-        self.new_pictures: list[torch.Tensor] = []
-
-    def undo(self) -> bool:
-        """Forget the last turn and its pictures; False if there is none."""
-        if not self.history:
-            return False
-        self.history, self.turn_pictures = self.history[:-1], self.turn_pictures[:-1]
-        return True
+        self.new_pictures = []
+        while self.session.undo():
+            pass
 
     def add_image(self, path: str) -> None:
         """Put a picture into the next message.
@@ -137,97 +117,43 @@ class ChatSession:
 
         Raises:
             ValueError: the question has more `<image>` than there are new pictures.
-            Exception: whatever `chat` raised; the conversation is then as before, the new pictures still new.
+            Exception: whatever the session raised; the conversation is then as before, the new pictures still new.
         """
-        missing = len(self.new_pictures) - question.count("<image>")
+        import torch
+
+        pictures = self.new_pictures
+        missing = len(pictures) - question.count("<image>")
         if missing < 0:
             raise ValueError(
-                f"The message says <image> {question.count('<image>')} times for {len(self.new_pictures)} new pictures."
+                f"The message says <image> {question.count('<image>')} times for {len(pictures)} new pictures."
             )
-        question = "<image>\n" * missing + question
-        turn_pictures = [*self.turn_pictures, self.new_pictures]
-        answering = _Answering(self, question, [picture for turn in turn_pictures for picture in turn])
-        try:
-            yield from answering.pieces()
-        finally:
-            history = answering.finish()
-            if history is not None:
-                self.history, self.turn_pictures, self.new_pictures = history, turn_pictures, []
-
-
-class _Answering:
-    """One call of `chat` in a thread of its own, read through a stream and stoppable."""
-
-    def __init__(self, session: ChatSession, question: str, pictures: list["torch.Tensor"]) -> None:
-        import torch
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-        self.streamer = TextIteratorStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stopped = threading.Event()
-        self.finished = threading.Event()
-        self.history: list[tuple[str, str]] | None = None
-        self.error: BaseException | None = None
-
-        def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
-
-        options = {"streamer": self.streamer, "stopping_criteria": StoppingCriteriaList([is_stopped])}
-        self.call = functools.partial(
-            session.model.chat,
-            session.tokenizer,
-            torch.cat(pictures) if pictures else None,
-            question,
-            session.generation_config | options,
-            history=session.history,
-            return_history=True,
+        pieces = self.session.stream(
+            "<image>\n" * missing + question,
+            pixel_values=torch.cat(pictures) if pictures else None,
             num_patches_list=[len(picture) for picture in pictures] if pictures else None,
-            **session.options,
         )
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
+        turns = len(self.session.history)
         try:
-            _, self.history = self.call()
-        except BaseException as error:
-            self.error = error
+            yield from pieces
         finally:
-            # Straight into the queue: the streamer's own end() decodes first, which may fail as well.
-            self.streamer.text_queue.put(self.streamer.stop_signal)
-            self.finished.set()
-
-    def pieces(self) -> Iterator[str]:
-        """Start the call; the answer as it comes."""
-        self.thread.start()
-        yield from self.streamer
-
-    def finish(self) -> list[tuple[str, str]] | None:
-        """Wait for the call, stopped after its present token.
-
-        Returns:
-            The history that it gave, None if Ctrl-C came before it began.
-
-        Raises:
-            SystemExit: on Ctrl-C while waiting. A second answer must not start beside a running one.
-            Exception: what the call raised.
-        """
-        self.stopped.set()
-        try:
-            if self.thread.ident is not None:
-                self.finished.wait()
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        if self.error is not None:
-            raise self.error
-        return self.history
+            pieces.close()
+            if len(self.session.history) > turns:
+                self.new_pictures = []
 
 
-def print_answer(session: ChatSession, question: str) -> bool:
-    """Stream an answer to stdout; False if Ctrl-C stopped it."""
-    pieces = session.ask(question)
+def print_answer(talk: Talk, question: str) -> bool:
+    """Stream an answer to stdout; False if Ctrl-C stopped it.
+
+    Raises:
+        SystemExit: on Ctrl-C again, before the model has stopped: a second answer must not start beside a running one.
+    """
+    pieces = talk.ask(question)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
+        if talk.session.is_answering:
+            raise SystemExit(130) from None
         return False
     finally:
         pieces.close()
@@ -235,7 +161,7 @@ def print_answer(session: ChatSession, question: str) -> bool:
     return True
 
 
-def converse(session: ChatSession) -> None:
+def converse(talk: Talk) -> None:
     """Read messages and commands from stdin until it ends."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -253,14 +179,14 @@ def converse(session: ChatSession) -> None:
             if line == "/exit":
                 return
             elif line == "/reset":
-                session.reset()
+                talk.reset()
             elif line == "/undo":
-                print("forgotten" if session.undo() else "there is nothing to forget")
+                print("forgotten" if talk.session.undo() else "there is nothing to forget")
             elif command == "/image":
-                session.add_image(argument.strip())
+                talk.add_image(argument.strip())
             elif command.startswith("/"):
                 print(HELP)
             elif line:
-                print_answer(session, line)
+                print_answer(talk, line)
         except Exception as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -132,10 +132,18 @@ def chat_ids(model, tokenizer, arguments, **options):
 
 
 def batch_ids(model, tokenizer, arguments, **options):
+    """(answer, new ids) of each sample, whatever batches they were answered in."""
+    order = []
     with watched(model) as calls:
-        answers = model.batch_chat(tokenizer, **arguments, generation_config={**GREEDY, **options})
-    assert len(calls.new_ids) == 1
-    return list(zip(answers, calls.new_ids[0], strict=True))
+        answers = model.batch_chat(
+            tokenizer,
+            **arguments,
+            generation_config={**GREEDY, **options},
+            on_answer=lambda row, answer: order.append((row, answer)),
+        )
+    assert sorted(order) == list(enumerate(answers))
+    ids = dict(zip([row for row, _ in order], [ids for call in calls.new_ids for ids in call], strict=True))
+    return [(answer, ids[row]) for row, answer in enumerate(answers)]
 
 
 # One answer, however it is computed

@@ -12,7 +12,10 @@ import pytest
 import transformers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SUITES = [f"test_{name}.py" for name in ("golden", "hub", "generation", "configuration", "modeling_nvlm_d")]
+SUITES = [
+    f"test_{name}.py"
+    for name in ("golden", "hub", "generation", "configuration", "modeling_nvlm_d", "prefix", "session", "batching")
+]
 
 
 def test_the_venv_has_the_newest_version():

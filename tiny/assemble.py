@@ -76,6 +76,14 @@ def tidy_config(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def tidy_tokenizer(file: Path) -> None:
+    """Give a tokenizer_config.json the form that transformers 4.57 reads too, without what it says of this machine."""
+    config = read_json(file)
+    special = config.pop("extra_special_tokens")
+    kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    file.write_text(json.dumps({**kept, "additional_special_tokens": special}, indent=2, sort_keys=True) + "\n")
+
+
 def publish(trained: Path, folder: Path) -> None:
     """Write the checkpoint that the repository holds: with dummy heads, in bfloat16, with links to the code.
 
@@ -89,6 +97,7 @@ def publish(trained: Path, folder: Path) -> None:
     model.save_pretrained(work)
     AutoTokenizer.from_pretrained(trained).save_pretrained(work)
     tidy_config(work / "config.json")
+    tidy_tokenizer(work / "tokenizer_config.json")
     overlay(work)
     for module in hub_files():
         (work / module.name).unlink()

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from nvlm.configuration_nvlm_d import NVLM_D_Config
 from nvlm.conversation import IMAGE_TOKEN, Control, Segment, get_conv_template
 from nvlm.preprocessing import describe, load_image, open_picture, tile_grid
-from nvlm.prompt import picture_segments
-from nvlm.tile_tags import tile_tags
+from nvlm.prompt import config_picture
 
 from .samples import BadSampleError, Picture, Turn
 from .text import TextEncoder
@@ -194,13 +193,4 @@ class SampleEncoder:
         return values, grid
 
     def _picture(self, num_tiles: int, grid: tuple[int, int] | None) -> list[Segment]:
-        config = self._config
-        tags = tile_tags(
-            num_tiles,
-            kind=config.tile_tag,
-            thumbnail_tag=config.thumbnail_tag,
-            has_thumbnail=config.use_thumbnail,
-            grid=grid,
-            tile_size=config.tile_size,
-        )
-        return picture_segments(tags, num_image_token=config.num_image_token, image_token=IMAGE_TOKEN)
+        return config_picture(self._config, num_tiles, image_token=IMAGE_TOKEN, grid=grid)

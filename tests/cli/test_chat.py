@@ -1,4 +1,4 @@
-"""`nvlm chat`: streaming, history, pictures, commands, Ctrl-C and errors, on a model that answers from a script."""
+"""`nvlm chat`: streaming, history, pictures, commands, Ctrl-C and errors, on a small model."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from nvlm.cli import chat as chat_module
-from nvlm.cli.chat import ChatSession, converse, print_answer
+from nvlm.cli.chat import Talk, converse, print_answer
 from nvlm.cli.main import main
 
 
@@ -31,209 +31,150 @@ def press_ctrl_c() -> None:
     signal.pthread_kill(main_thread, signal.SIGINT)
 
 
-class StubTokenizer:
-    """A token is a character."""
+class Step:
+    """Called after every step of an answer; a logits processor that lets the scores as they are."""
 
-    def decode(self, ids: list[int], **kwargs: Any) -> str:
-        return "".join(map(chr, ids))
+    def __init__(self, then: Callable[[int], None] = lambda step: None) -> None:
+        self.then = then
+        self.step = 0
 
-
-class StubModel:
-    """Streams `answer`, one character a step, as `generate` would; asks the stopping criteria after each."""
-
-    def __init__(self, answer: str = "fine weather", *, fail_at: int | None = None) -> None:
-        self.answer = answer
-        self.fail_at = fail_at
-        self.calls: list[dict[str, Any]] = []
-        self.after_step: Callable[[int], None] = lambda step: None
-
-    def chat(
-        self, tokenizer: Any, pixel_values: Any, question: str, generation_config: dict[str, Any], **kwargs: Any
-    ) -> Any:
-        self.calls.append({"pixel_values": pixel_values, "question": question, "config": generation_config, **kwargs})
-        streamer, criteria = generation_config["streamer"], generation_config["stopping_criteria"]
-        streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt, to be skipped
-        said = ""
-        for step, character in enumerate(self.answer):
-            if step == self.fail_at:
-                raise RuntimeError("out of memory")
-            said += character
-            streamer.put(torch.tensor([ord(character)]))
-            self.after_step(step)
-            if criteria(torch.zeros(1, step, dtype=torch.long), None).all():
-                break
-        streamer.end()
-        return said, [*kwargs["history"], (question, said)]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        self.then(self.step)
+        return scores
 
 
-def make_session(model: StubModel, **kwargs: Any) -> ChatSession:
-    """A session whose pictures have as many tiles as the file's name says, all of that value."""
+@pytest.fixture
+def make_talk(base_model: Any, tokenizer: Any) -> Callable[..., Talk]:
+    """(after_step, **generation options) -> a talk whose pictures have as many tiles as the file's name says."""
 
     def read_image(path: str) -> torch.Tensor:
         if not path.isdigit():
             raise FileNotFoundError(f"no picture {path}")
-        return torch.full((int(path), 3, 2, 2), float(path))
+        return torch.full((int(path), 3, 56, 56), float(path))
 
-    return ChatSession(model, StubTokenizer(), {"max_new_tokens": 7}, read_image=read_image, **kwargs)
+    def make(after_step: Callable[[int], None] = lambda step: None, **options: Any) -> Talk:
+        options = {"max_new_tokens": 5, "do_sample": False, "logits_processor": [Step(after_step)], **options}
+        return Talk(base_model.start_chat(tokenizer, generation_config=options), read_image=read_image)
+
+    return make
 
 
-def test_an_answer_is_streamed_and_remembered() -> None:
-    session = make_session(StubModel("two words and more"))
-    pieces = list(session.ask("Hi"))
-    assert "".join(pieces) == "two words and more"
+def sizes(talk: Talk) -> list[list[int]]:
+    """The number of tiles of each picture, turn by turn."""
+    return [[len(picture.tiles) for picture in turn.pictures] for turn in talk.session._turns]
+
+
+def test_an_answer_is_streamed_and_remembered(make_talk: Any, base_model: Any, tokenizer: Any) -> None:
+    talk = make_talk()
+    pieces = list(talk.ask("Hi"))
+    answer = base_model.chat(tokenizer, None, "Hi", {"max_new_tokens": 5, "do_sample": False})
+    assert "".join(pieces).strip() == answer
     assert len([piece for piece in pieces if piece]) > 1
-    assert session.history == [("Hi", "two words and more")]
+    assert talk.session.history == [("Hi", answer)]
 
 
-def test_later_turns_carry_history_and_options() -> None:
-    model = StubModel()
-    session = make_session(model, system_message="Be brief.")
-    for question in ("one", "two"):
-        list(session.ask(question))
-    first, second = model.calls
-    assert (first["history"], second["history"]) == ([], [("one", "fine weather")])
-    assert second["system_message"] == "Be brief."
-    assert second["config"]["max_new_tokens"] == 7
-    assert second["return_history"] is True
-    assert session.generation_config == {"max_new_tokens": 7}
-
-
-def test_without_a_system_message_the_models_own_holds() -> None:
-    model = StubModel()
-    list(make_session(model).ask("Hi"))
-    assert "system_message" not in model.calls[0]
-    assert model.calls[0]["pixel_values"] is None
-    assert model.calls[0]["num_patches_list"] is None
-
-
-def test_pictures_of_all_turns_are_passed_in_order() -> None:
-    model = StubModel()
-    session = make_session(model)
-    session.add_image("2")
-    session.add_image("3")
-    list(session.ask("Compare."))
-    list(session.ask("Sure?"))
-    session.add_image("1")
-    list(session.ask("And this?"))
-    assert [call["question"] for call in model.calls] == ["<image>\n<image>\nCompare.", "Sure?", "<image>\nAnd this?"]
-    assert [call["num_patches_list"] for call in model.calls] == [[2, 3], [2, 3], [2, 3, 1]]
-    assert model.calls[2]["pixel_values"][:, 0, 0, 0].tolist() == [2, 2, 3, 3, 3, 1]
-
-
-def test_the_message_may_say_where_its_pictures_stand() -> None:
-    model = StubModel()
-    session = make_session(model)
-    session.add_image("1")
-    session.add_image("1")
-    list(session.ask("First <image>, then?"))
-    assert model.calls[0]["question"] == "<image>\nFirst <image>, then?"
+def test_pictures_stand_before_their_question_or_where_it_says(make_talk: Any) -> None:
+    talk = make_talk()
+    talk.add_image("2")
+    talk.add_image("3")
+    for question in ("Compare.", "Sure?"):
+        list(talk.ask(question))
+    talk.add_image("1")
+    talk.add_image("1")
+    list(talk.ask("First <image>, then?"))
+    asked = [question for question, _ in talk.session.history]
+    assert asked == ["<image>\n<image>\nCompare.", "Sure?", "<image>\nFirst <image>, then?"]
+    assert sizes(talk) == [[2, 3], [], [1, 1]]
     with pytest.raises(ValueError, match="says <image> 1 times for 0 new pictures"):
-        list(session.ask("<image>"))
-    assert len(session.history) == 1
+        list(talk.ask("<image>"))
+    assert len(talk.session.history) == 3
 
 
-def test_undo_and_reset_forget_pictures_too() -> None:
-    model = StubModel()
-    session = make_session(model)
-    assert not session.undo()
+def test_undo_and_reset_forget_pictures_too(make_talk: Any) -> None:
+    talk = make_talk()
+    assert not talk.session.undo()
     for size in ("1", "2"):
-        session.add_image(size)
-        list(session.ask("?"))
-    assert session.undo()
-    list(session.ask("again"))
-    assert model.calls[-1]["num_patches_list"] == [1]
-    session.reset()
-    list(session.ask("anew"))
-    assert (model.calls[-1]["num_patches_list"], model.calls[-1]["history"]) == (None, [])
+        talk.add_image(size)
+        list(talk.ask("?"))
+    assert talk.session.undo()
+    assert sizes(talk) == [[1]]
+    talk.add_image("3")
+    talk.reset()
+    list(talk.ask("anew"))
+    assert sizes(talk) == [[]]
 
 
-@pytest.mark.parametrize("fail_at", [0, 5])
-def test_an_error_in_the_thread_comes_out_and_changes_nothing(fail_at: int) -> None:
-    model = StubModel()
-    session = make_session(model)
-    list(session.ask("one"))
-    session.add_image("2")
-    model.fail_at = fail_at
+@pytest.mark.parametrize("fail_at", [1, 3])
+def test_an_error_in_the_thread_comes_out_and_changes_nothing(make_talk: Any, fail_at: int) -> None:
+    def fail(step: int) -> None:
+        if step == fail_at:
+            raise RuntimeError("out of memory")
+
+    talk = make_talk(fail)
+    talk.add_image("2")
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(session.ask("two"))
-    assert session.history == [("one", "fine weather")]
-    model.fail_at = None
-    list(session.ask("two again"))
-    assert model.calls[-1]["num_patches_list"] == [2]
-    assert model.calls[-1]["question"] == "<image>\ntwo again"
+        list(talk.ask("one"))
+    assert talk.session.history == []
+    list(talk.ask("one again"))
+    assert sizes(talk) == [[2]]
+    assert talk.new_pictures == []
 
 
-def test_a_call_that_never_streams_does_not_hang() -> None:
-    class Refusing(StubModel):
-        def chat(self, *args: Any, **kwargs: Any) -> Any:
-            raise ValueError("The questions hold 1 '<image>', but 2 pictures were passed")
-
-    with pytest.raises(ValueError, match="2 pictures were passed"):
-        list(make_session(Refusing()).ask("Hi"))
-
-
-def test_leaving_the_stream_early_stops_the_model() -> None:
-    model = StubModel("word " * 1000)
-    model.after_step = lambda step: time.sleep(0.002)
-    session = make_session(model)
-    pieces = session.ask("Hi")
+def test_leaving_the_stream_early_stops_the_model(make_talk: Any) -> None:
+    talk = make_talk(max_new_tokens=400, min_new_tokens=400)
+    pieces = talk.ask("Hi")
     next(pieces)
     pieces.close()
-    [(question, answer)] = session.history
-    assert question == "Hi"
-    assert 0 < len(answer) < 5000
+    assert len(talk.session.history) == 1
+    assert len(talk.session._turns[0].answer.ids) < 400
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_session(capsys: pytest.CaptureFixture[str]) -> None:
-    model = StubModel("word " * 1000)
-
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(make_talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def press_ctrl_c_at_the_20th(step: int) -> None:
         time.sleep(0.002)
         if step == 20:
             press_ctrl_c()
 
-    model.after_step = press_ctrl_c_at_the_20th
-    session = make_session(model)
-    assert print_answer(session, "Hi") is False
-    assert capsys.readouterr().out.startswith("word word")
-    assert 20 < len(session.history[0][1]) < 5000
-    model.answer, model.after_step = "Bye.", lambda step: None
-    assert print_answer(session, "Still there?") is True
-    assert len(session.history) == 2
+    talk = make_talk(press_ctrl_c_at_the_20th, max_new_tokens=400, min_new_tokens=400)
+    assert print_answer(talk, "Hi") is False
+    assert capsys.readouterr().out.strip()
+    assert 20 <= len(talk.session._turns[0].answer.ids) < 400
+    talk.session.generation_config["max_new_tokens"] = talk.session.generation_config["min_new_tokens"] = 3
+    assert print_answer(talk, "Still there?") is True
+    assert len(talk.session.history) == 2
 
 
-def test_ctrl_c_before_the_model_starts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = make_session(StubModel())
-    session.add_image("1")
+def test_ctrl_c_before_the_model_starts_changes_nothing(make_talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = make_talk()
+    talk.add_image("1")
 
     def interrupt(thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupt)
-    assert print_answer(session, "Hi") is False
-    assert (session.history, len(session.new_pictures)) == ([], 1)
+    assert print_answer(talk, "Hi") is False
+    assert (talk.session.history, len(talk.new_pictures)) == ([], 1)
 
 
-def test_ctrl_c_again_leaves() -> None:
-    model = StubModel("word")
+def test_ctrl_c_again_leaves(make_talk: Any) -> None:
     release = threading.Event()
 
     def press_ctrl_c_and_hang(step: int) -> None:
-        for _ in range(2):
-            time.sleep(0.2)
-            press_ctrl_c()
-        release.wait(30)
+        if step == 1:
+            for _ in range(2):
+                time.sleep(0.2)
+                press_ctrl_c()
+            release.wait(30)
 
-    model.after_step = press_ctrl_c_and_hang
+    talk = make_talk(press_ctrl_c_and_hang)
     with pytest.raises(SystemExit) as stop:
-        print_answer(make_session(model), "Hi")
+        print_answer(talk, "Hi")
     release.set()
     assert stop.value.code == 130
 
 
-def converse_with(
-    lines: list[str | type[BaseException]], session: ChatSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def converse_with(lines: list[str | type[BaseException]], talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     script = iter([*lines, EOFError])
 
     def read_line(prompt: str = "") -> str:
@@ -243,39 +184,46 @@ def converse_with(
         raise line
 
     monkeypatch.setattr("builtins.input", read_line)
-    converse(session)
+    converse(talk)
 
 
-def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = StubModel("Yes.")
-    session = make_session(model)
+def test_a_conversation(make_talk: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = make_talk()
     lines: list[str | type[BaseException]] = [
         *("/image 2", "What is it?", "", "/undo", "/undo", "/nonsense", "/image missing.jpg", KeyboardInterrupt),
         *("Hello", "/reset", "/exit", "never read"),
     ]
-    converse_with(lines, session, monkeypatch)
+    converse_with(lines, talk, monkeypatch)
     captured = capsys.readouterr()
-    assert [call["question"] for call in model.calls] == ["<image>\nWhat is it?", "Hello"]
-    assert session.history == []
-    assert captured.out.splitlines()[:3] == ["Yes.", "forgotten", "there is nothing to forget"]
+    assert talk.session.history == []
+    assert [line for line in captured.out.splitlines() if "forget" in line or "forgotten" in line][:2] == [
+        "forgotten",
+        "there is nothing to forget",
+    ]
     assert chat_module.HELP in captured.out
     assert captured.err == "error: no picture missing.jpg\n"
 
 
-def test_a_conversation_outlives_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = StubModel("Yes.", fail_at=1)
-    session = make_session(model)
-    converse_with(["Hi"], session, monkeypatch)
+def fail(step: int) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_a_conversation_outlives_an_error(
+    make_talk: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converse_with(["Hi"], make_talk(fail), monkeypatch)
     assert capsys.readouterr().err == "error: out of memory\n"
 
 
-def test_one_question_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = StubModel("Yes.")
-    monkeypatch.setattr(chat_module, "open_session", lambda args: make_session(model))
+def test_one_question_on_the_command_line(
+    make_talk: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = make_talk()
+    monkeypatch.setattr(chat_module, "open_session", lambda args: talk)
     assert main(["chat", "folder", "Is it?", "--image", "1", "--image", "2"]) == 0
-    assert capsys.readouterr().out == "Yes.\n"
-    assert model.calls[0]["num_patches_list"] == [1, 2]
-    model.fail_at = 0
+    assert capsys.readouterr().out.strip() == talk.session.history[0][1]
+    assert sizes(talk) == [[1, 2]]
+    monkeypatch.setattr(chat_module, "open_session", lambda args: make_talk(fail))
     assert main(["chat", "folder", "Is it?"]) == 2
     assert "out of memory" in capsys.readouterr().err
 
