@@ -1,1 +1,1 @@
-"""Serving by vLLM: its own NVLM_D runs the checkpoint, and a plugin gives it the prompts and tiles of this package."""
+"""Serving: vLLM's NVLM_D with this package's prompts and tiles (a plugin), and transformers' own server."""

@@ -1,11 +1,13 @@
 """Served prompts are those of `chat()`, and nothing that a user writes becomes a control token; without vLLM here.
 
-The last test runs `serve-check` where vLLM is installed (`serving/install_vllm.sh .cache/vllm-venv`).
+The last tests run the checks where vLLM (`serving/install_vllm.sh .cache/vllm-venv`) and what `transformers serve`
+needs (`pip install --target .cache/transformers-serving fastapi uvicorn openai`) are installed.
 """
 
 import json
 import subprocess
 import sys
+import textwrap
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,13 +20,15 @@ from transformers import AutoTokenizer
 from nvlm import NVLM_D_Config, NVLM_D_ImageProcessor, NVLM_D_Model, NVLM_D_Processor
 from nvlm.conversation import Control
 from nvlm.prompt import control_token_id, encode_prompt, picture_segments
-from nvlm.serving import plugin
+from nvlm.serving import plugin, transformers_check, transformers_serve
 from nvlm.serving.cases import Case, all_cases, as_question, draw
 from nvlm.serving.check import Comparison, largest_difference, table
+from nvlm.serving.process import ServerProcess, free_port
 from nvlm.serving.prompts import chat_segments, expand_pictures
 from nvlm.serving.random_checkpoint import CONFIG, random_weights
 from nvlm.serving.reference import Generated
 from nvlm.serving.server import Answer
+from nvlm.serving.transformers_check import TextComparison, streamed_text
 from nvlm.tile_tags import tile_tags
 
 TILE = 28
@@ -230,6 +234,48 @@ def test_register_leaves_a_vllm_without_renderers_alone(monkeypatch, caplog):
     assert "needs vLLM 0.32" in caplog.text
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_transformers_serve_makes_the_processors_prompt(processor, case):
+    """By transformers' own reading of a request, and the call that its server makes of the processor."""
+    handler = pytest.importorskip("transformers.cli.serving.utils")
+    messages = handler.BaseHandler.get_processor_inputs_from_messages(case.messages, handler.Modality.MULTIMODAL)
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tools=None,
+        return_tensors="pt",
+        return_dict=True,
+        tokenize=True,
+        load_audio_from_video=False,
+    )
+    expected = processor.apply_chat_template(case.messages, add_generation_prompt=True, tokenize=True)
+    assert inputs["input_ids"].tolist() == expected
+    pictures = [picture.data for picture in case.pictures]
+    assert ("pixel_values" in inputs) == bool(pictures)
+    if pictures:
+        assert torch.equal(inputs["pixel_values"], processor.image_processor(pictures)["pixel_values"])
+
+
+def test_transformers_serve_loads_nvlm_d_as_a_multimodal_model(repository, monkeypatch):
+    manager = pytest.importorskip("transformers.cli.serving.model_manager")
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    options = {"device": "cpu", "dtype": "float32", "force_model": str(repository / "tiny" / "checkpoint")}
+    with pytest.raises(AttributeError, match="NVLM_D"):
+        manager.ModelManager(**options)
+    with monkeypatch.context() as tables:  # what `register` writes there is taken away again
+        tables.setitem(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, "NVLM_D", "")
+        tables.setitem(AutoModelForMultimodalLM._model_mapping._extra_content, NVLM_D_Config, None)
+        for _ in range(2):
+            transformers_serve.register()
+        [loaded] = manager.ModelManager(**options).loaded_models.values()
+        assert type(loaded.model) is NVLM_D_Model
+        assert type(loaded.processor) is NVLM_D_Processor
+        modality = manager.ModelManager.get_model_modality(loaded.model, processor=loaded.processor)
+    assert modality.value == "MULTIMODAL"
+
+
 def test_the_random_checkpoint_loads_and_its_dummy_heads_are_zero():
     weights = random_weights(CONFIG)
     config = NVLM_D_Config(**CONFIG)
@@ -289,6 +335,113 @@ def test_the_table_says_what_happened():
     assert equal == r"| a\|b | yes | 200 | equal | equal | 1.0e-06 | equal, 1.0e-06 |"
     assert failed == r"| a\|b | no | 500, again 200 (after 400) |  |  |  |  |"
     assert differing == r"| a\|b | yes | 200 | differ (4 for 3) | equal |  | other tiles |"
+
+
+CHILD = textwrap.dedent(
+    """
+    import json, sys
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, "ok")
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(body["status"], body["content"])
+
+        def answer(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+    HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    """
+)
+
+
+def test_a_server_is_started_asked_and_ended(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-c", CHILD, str(port)]
+    with ServerProcess("child", command, {}, port=port, log=tmp_path / "logs" / "child.log") as server:
+        assert server.chat({"status": 200, "content": "Grüße"}) == (200, "Grüße")
+        assert server.chat({"status": 400, "content": '{"error": {"message": "too long"}}'}) == (400, "too long")
+        assert server.chat({"status": 500, "content": "Internal Server Error"}) == (500, "Internal Server Error")
+    with pytest.raises(OSError, match="refused"):
+        server.chat({"status": 200, "content": ""})
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with (
+        pytest.raises(RuntimeError, match=r"child ended with status 1\..*child\.log:\nno such model"),
+        ServerProcess("child", command, {}, port=free_port(), log=tmp_path / "child.log"),
+    ):
+        pass
+
+
+def text_comparison(**changes):
+    fields = {
+        "case": "a|b",
+        "status": 200,
+        "error": "",
+        "prompt_lengths": (9, 9),
+        "new_lengths": (2, 2),
+        "texts": ("Hi", "Hi"),
+        "streamed": "Hi",
+    }
+    return TextComparison(**{**fields, **changes})
+
+
+def test_texts_agree_with_equal_counts_and_streams():
+    assert text_comparison().agrees
+    assert text_comparison(texts=("Hi\ufffd", "Hi\ufffd")).agrees  # a character whose last bytes did not come
+    changes = [{"status": 500}, {"prompt_lengths": (10, 9)}, {"new_lengths": (1, 2)}]
+    for change in [*changes, {"texts": ("Hi", "Ho")}, {"streamed": "H"}]:
+        assert not text_comparison(**change).agrees
+
+
+def test_the_table_of_texts_says_what_happened():
+    rows = [
+        text_comparison(),
+        text_comparison(prompt_lengths=(10, 9), texts=("", "Hi")),
+        text_comparison(status=500, error="no"),
+    ]
+    _, _, equal, differing, failed = transformers_check.table(rows).splitlines()
+    assert equal == r"| a\|b | 200 | 9 | 2 | equal | equal |"
+    assert differing == r"| a\|b | 200 | 10 for 9 | 2 | differ | differ |"
+    assert failed == r"| a\|b | 500 |  |  |  |  |"
+
+
+def test_streamed_text_joins_the_pieces_and_shows_an_error():
+    events = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "Hel"}}]}]
+    events += [{"choices": [{"delta": {"content": "lo"}}]}, {"choices": []}, {"error": "; it broke"}]
+    body = "\n\n".join(f"data: {json.dumps(event)}" for event in events) + "\n\ndata: [DONE]\n\n"
+    assert streamed_text(body) == "Hello; it broke"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_transformers_serve_gives_this_packages_answers(repository, tmp_path):
+    packages = repository / ".cache" / "transformers-serving"
+    if not packages.exists():
+        pytest.skip(f"no server: run pip install --target {packages} fastapi uvicorn openai")
+    checkpoint, out = repository / "tiny" / "checkpoint", tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "nvlm.serving.transformers_check",
+        checkpoint,
+        "--packages",
+        packages,
+        "--out",
+        out,
+    ]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    report = json.loads(out.read_text())
+    assert all(row["agrees"] for row in report["comparisons"])
+    assert "has no attribute NVLM_D" in report["alone"]
 
 
 @pytest.mark.long
