@@ -1,0 +1,1 @@
+"""NVLM-D inside evaluation harnesses: see docs/evaluation.md."""
