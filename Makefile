@@ -22,7 +22,7 @@ test-all: $(INSTALLED) lint versions
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli training serving examples tiny benchmarks
+	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli training serving examples tiny benchmarks integrations
 
 # The tiny trained checkpoint from seeds alone, about 90 minutes on 2 cores; its ablation of tile tags, about as long.
 tiny: $(INSTALLED)
@@ -40,12 +40,9 @@ $(VLLM)/.installed: serving/install_vllm.sh pyproject.toml | $(INSTALLED)
 	serving/install_vllm.sh $(VLLM) $(PY)
 	touch $@
 
-# The benchmarks of issue 2, one after the other on a quiet machine; each prints its ratios.
+# All benchmarks on a quiet machine, about a quarter of an hour on 2 cores: table, JSON and plots in .cache/bench.
 bench: $(INSTALLED)
-	$(PY) -m benchmarks.preprocessing
-	$(PY) -m benchmarks.encoder_layer
-	$(PY) -m benchmarks.prefill_memory
-	$(PY) -m benchmarks.loading
+	$(PY) -m benchmarks
 
 # The other transformers versions that the golden numbers are checked on, beside the venv's own.
 versions: $(OTHERS)-4.57.6/.installed $(OTHERS)-5.16.1/.installed

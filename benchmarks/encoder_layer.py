@@ -1,20 +1,18 @@
 """One encoder layer at the released size: its distance to bare matrix products, and to a plain eager layer.
 
-    python -m benchmarks.encoder_layer [--rounds 15] [--json FILE]
-
 Width 3200, MLP 12800, 1025 tokens, float32. The three run in turn; each ratio is the median of the rounds' ratios.
 """
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.report import Figure, Section
+from benchmarks.settings import Settings
+from benchmarks.timing import median_ratio, take_turns
 from nvlm import InternVisionConfig
 from nvlm.modeling_intern_vit import InternVisionEncoderLayer
 
@@ -48,73 +46,56 @@ def plain_layer(config: InternVisionConfig) -> Callable[[torch.Tensor], torch.Te
     return layer
 
 
-def bare_products(config: InternVisionConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's matrix products without dummy heads and nothing else, into tensors that are there already."""
+def bare_products(config: InternVisionConfig, dtype: torch.dtype) -> Callable[[], None]:
+    """A layer's matrix products for one tile and nothing else, into tensors that are there already."""
     width, mlp, heads, dim = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
-    weights = [torch.randn(width, n) for n in (3 * width, width, mlp)] + [torch.randn(mlp, width)]
-    outputs = [torch.empty(TOKENS, n) for n in (3 * width, width, mlp, width)]
-    q, k, v = (torch.randn(heads, TOKENS, dim) for _ in range(3))
-    scores, attended = torch.empty(heads, TOKENS, TOKENS), torch.empty(heads, TOKENS, dim)
+    tokens = 1 + (config.image_size // config.patch_size) ** 2
 
-    def products(x: torch.Tensor) -> torch.Tensor:
-        row = x[0]
-        torch.mm(row, weights[0], out=outputs[0])
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def room(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, weights = drawn(tokens, width), [drawn(width, n) for n in (3 * width, width, mlp)] + [drawn(mlp, width)]
+    outputs = [room(tokens, n) for n in (3 * width, width, mlp, width)]
+    q, k, v = (drawn(heads, tokens, dim) for _ in range(3))
+    scores, attended = room(heads, tokens, tokens), room(heads, tokens, dim)
+
+    def products() -> None:
+        torch.mm(x, weights[0], out=outputs[0])
         torch.bmm(q, k.transpose(1, 2), out=scores)
         torch.bmm(scores, v, out=attended)
-        torch.mm(row, weights[1], out=outputs[1])
-        torch.mm(row, weights[2], out=outputs[2])
+        torch.mm(x, weights[1], out=outputs[1])
+        torch.mm(x, weights[2], out=outputs[2])
         torch.mm(outputs[2], weights[3], out=outputs[3])
-        return outputs[3]
 
     return products
 
 
-def rounds_of(
-    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each in every round, all of them run in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run(x)
-            if i:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def run(settings: Settings) -> Section:
     torch.manual_seed(0)
     config = InternVisionConfig(num_dummy_heads=0)
     config._attn_implementation = "sdpa"
     layer = InternVisionEncoderLayer(config, drop_path_rate=0.0).eval()
-    contenders = {
-        "this layer": lambda x: layer(x)[0],
-        "bare matrix products": bare_products(config),
-        "plain eager layer, 32 heads": plain_layer(InternVisionConfig(num_dummy_heads=7)),
+    x = torch.randn(1, TOKENS, config.hidden_size)
+    contenders: dict[str, Callable[[], Any]] = {
+        "layer": lambda: layer(x),
+        "products": bare_products(config, torch.float32),
+        "plain": partial(plain_layer(InternVisionConfig(num_dummy_heads=7)), x),
     }
     with torch.inference_mode():
-        seconds = rounds_of(contenders, torch.randn(1, TOKENS, config.hidden_size), args.rounds)
-
-    def ratio(above: str, below: str) -> float:
-        """The median over the rounds: what slows the machine for a while slows both."""
-        return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
-
-    ratios = {
-        "layer / bare matrix products": ratio("this layer", "bare matrix products"),
-        "plain eager layer / layer": ratio("plain eager layer, 32 heads", "this layer"),
-    }
-    for name, values in seconds.items():
-        print(f"{name:30} {statistics.median(values) * 1000:8.0f} ms")
-    print(f"layer / bare matrix products   {ratios['layer / bare matrix products']:8.3f}   (at most 1.05 wanted)")
-    print(f"plain eager layer / layer      {ratios['plain eager layer / layer']:8.3f}   (at least 1.25 wanted)")
-    if args.json:
-        args.json.write_text(json.dumps({"seconds": seconds, "ratios": ratios}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        seconds = take_turns(contenders, rounds=settings.rounds_or(7))
+    return Section(
+        "encoder_layer",
+        "one encoder layer of the released size on one tile, float32",
+        [
+            Figure(
+                "layer / its bare matrix products", median_ratio(seconds["layer"], seconds["products"]), at_most=1.05
+            ),
+            Figure(
+                "plain eager layer, 32 heads / layer", median_ratio(seconds["plain"], seconds["layer"]), at_least=1.25
+            ),
+        ],
+        {"seconds": seconds},
+    )

@@ -1,21 +1,20 @@
-"""Peak memory of loading a synthetic checkpoint of about 2 GB, as a ratio to its size.
-
-    python -m benchmarks.loading [--folder DIR] [--json FILE]
+"""Peak memory and time of loading a synthetic checkpoint of about 2 GB, as a ratio to its size.
 
 The checkpoint (bfloat16, five shards, three encoder layers of the released size, dummy heads of zeros) is made first,
 in a process of its own, and removed afterwards.
 """
 
-import argparse
-import json
 import multiprocessing
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.memory import peak_growth
+from benchmarks.peaks import peak_growth
+from benchmarks.report import Figure, Section
+from benchmarks.settings import Settings
 from nvlm import NVLM_D_Config, NVLM_D_Model
 
 
@@ -67,27 +66,26 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="use the checkpoint in this folder; made and kept there if missing")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def run(settings: Settings) -> Section:
     context = multiprocessing.get_context("spawn")  # a fresh process each: nothing of the making is left in memory
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch)
-        if not list(folder.glob("*.safetensors")):
-            maker = context.Process(target=make_checkpoint, args=(folder,))
-            maker.start()
-            maker.join()
-        with context.Pool(1) as pool:
-            result = pool.apply(measure, (folder,))
-    print(f"checkpoint                {result['checkpoint_bytes'] / 1e9:8.3f} GB")
-    print(f"model in memory           {result['model_bytes'] / 1e9:8.3f} GB, {result['dummy_heads_left']} dummy heads")
-    print(f"peak while loading        {result['peak_bytes'] / 1e9:8.3f} GB, {result['seconds']:.1f} s")
-    print(f"peak / checkpoint         {result['ratio']:8.3f}   (at most 1.15 wanted)")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        folder = Path(scratch)
+        maker = context.Process(target=make_checkpoint, args=(folder,))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise RuntimeError(f"Making the checkpoint ended with status {maker.exitcode}.")
+        with context.Pool(1, maxtasksperchild=1) as pool:
+            runs = [pool.apply(measure, (folder,)) for _ in range(settings.rounds_or(3))]
+    seconds = statistics.median(one["seconds"] for one in runs)
+    size = runs[0]["checkpoint_bytes"]
+    return Section(
+        "loading",
+        f"from_pretrained of a checkpoint of {size / 1e9:.2f} GB in five shards, every weight read once",
+        [
+            Figure("peak memory / the checkpoint's size", max(one["ratio"] for one in runs), at_most=1.15),
+            Figure("load time", seconds, "s"),
+            Figure("dummy heads left", runs[0]["dummy_heads_left"], at_most=0),
+        ],
+        {"runs": runs},
+    )

@@ -1,22 +1,20 @@
 """Peak memory of the prefill of a 3000-token prompt at the released vocabulary, against the full logits' size.
 
-    python -m benchmarks.prefill_memory [--tokens 3000] [--json FILE]
-
 `generate` computes the last position's logits only; the same prompt through `forward` with all logits stands beside it.
 """
 
-import argparse
-import json
 import multiprocessing
-from pathlib import Path
 
 import torch
 
-from benchmarks.memory import peak_growth
+from benchmarks.peaks import peak_growth
+from benchmarks.report import Figure, Section
+from benchmarks.settings import Settings
 from nvlm import NVLM_D_Model
 from tiny.untrained import tiny_config
 
 VOCABULARY = 152064
+TOKENS = 3000
 
 
 def measure(tokens: int, last_only: bool) -> int:
@@ -33,25 +31,18 @@ def measure(tokens: int, last_only: bool) -> int:
         return peak_growth(lambda: model(input_ids=ids, attention_mask=mask))[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=3000)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    full_logits = args.tokens * VOCABULARY * 4
+def run(settings: Settings) -> Section:
+    full_logits = TOKENS * VOCABULARY * 4
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:  # a fresh process each
-        generated = pool.apply(measure, (args.tokens, True))
-        every = pool.apply(measure, (args.tokens, False))
-    print(f"full logits, float32            {full_logits / 1e6:8.0f} MB")
-    print(
-        f"peak of generate's prefill      {generated / 1e6:8.0f} MB = {generated / full_logits:.3f} of the full logits"
+        generated = pool.apply(measure, (TOKENS, True))
+        every = pool.apply(measure, (TOKENS, False))
+    return Section(
+        "prefill_memory",
+        f"peak of a prefill of {TOKENS} tokens, / the float32 logits of every position at vocabulary {VOCABULARY}",
+        [
+            Figure("generate()", generated / full_logits, at_most=0.1),
+            Figure("forward() with all logits", every / full_logits),
+        ],
+        {"full_logits_bytes": full_logits, "generate_bytes": generated, "forward_bytes": every},
     )
-    print(f"peak of forward, all logits     {every / 1e6:8.0f} MB = {every / full_logits:.3f} of the full logits")
-    if args.json:
-        result = {"full_logits": full_logits, "generate_peak": generated, "forward_peak": every}
-        args.json.write_text(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,7 @@
-"""Pictures to tiles, against the documents' pipeline and against one thread.
+"""Pictures to tiles, against the documents' pipeline and against one thread; a ratio above 1 is faster than those."""
 
-    python -m benchmarks.preprocessing [--json FILE] [--rounds N]
-
-Ratios are of medians of runs that take turns, so that a busy machine weighs on both sides alike; above 1 is faster.
-"""
-
-import argparse
 import io
-import json
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +11,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
+from benchmarks.report import Figure, Section
+from benchmarks.settings import Settings
+from benchmarks.timing import take_turns
 from nvlm.preprocessing import IMAGENET_MEAN, IMAGENET_STD, load_image, load_images, tile_grid
 
 SIZES = [(448, 448), (640, 480), (1344, 896), (1920, 1080), (4000, 3000)]
@@ -64,60 +58,36 @@ def one_by_one(sources: list[bytes]) -> torch.Tensor:
     return torch.cat([load_image(source, TILE, MAX_NUM) for source in sources])
 
 
-def medians(rounds: int, *contenders: Callable[[], Any]) -> list[float]:
-    """Each contender's median time in seconds, after one run each to warm up."""
-    times: list[list[float]] = [[] for _ in contenders]
-    for round_number in range(rounds + 1):
-        for own_times, contender in zip(times, contenders, strict=True):
-            start = time.perf_counter()
-            contender()
-            if round_number:
-                own_times.append(time.perf_counter() - start)
-    return [statistics.median(own_times) for own_times in times]
+def ratio_of_medians(seconds: dict[str, list[float]]) -> tuple[float, float]:
+    """(median seconds of "ours", that of "before" / that of "ours")."""
+    before, ours = statistics.median(seconds["before"]), statistics.median(seconds["ours"])
+    return ours, before / ours
 
 
-def report(name: str, seconds: list[float], results: dict[str, Any]) -> None:
-    before, after = seconds
-    results[name] = {"before_ms": before * 1e3, "after_ms": after * 1e3, "ratio": before / after}
-    print(f"{name:44} {before * 1e3:9.1f} ms {after * 1e3:9.1f} ms {before / after:6.2f}x", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    parser.add_argument("--rounds", type=int, default=15, help="timed runs of each contender (default 15)")
-    arguments = parser.parse_args()
-    results: dict[str, Any] = {}
-
-    print(f"{'load_image: per-tile torchvision / here':44} {'torchvision':>12} {'here':>12}  ratio")
+def run(settings: Settings) -> Section:
+    figures, data = [], dict[str, Any]()
+    rounds = settings.rounds_or(9)
     for width, height in SIZES:
         picture = photograph(width, height)
         for kind, source in (("PIL", picture), ("JPEG", jpeg(picture))):
             if not torch.equal(tile_by_tile(source), load_image(source, TILE, MAX_NUM)):
-                raise SystemExit(f"{width}x{height} {kind}: the tiles differ, so the times mean nothing")
-            seconds = medians(
-                arguments.rounds,
-                partial(tile_by_tile, source),
-                partial(load_image, source, TILE, MAX_NUM),
-            )
-            report(f"{width}x{height} {kind}", seconds, results)
-
-    print(
-        f"\n{f'{PICTURES} JPEGs: one by one / load_images, 2 workers':44} {'one by one':>12} {'load_images':>12}  ratio"
-    )
+                raise RuntimeError(f"{width}x{height} {kind}: the tiles differ, so the times mean nothing.")
+            contenders = {
+                "before": partial(tile_by_tile, source),
+                "ours": partial(load_image, source, TILE, MAX_NUM),
+            }
+            name = f"{width}x{height} {kind}"
+            data[name] = take_turns(contenders, rounds=rounds)
+            taken, ratio = ratio_of_medians(data[name])
+            figures.append(Figure(f"{name}, {taken * 1e3:.1f} ms: tile by tile in torchvision / load_image", ratio))
     for width, height in SIZES[1:]:
         sources = [jpeg(photograph(width, height))] * PICTURES
-        seconds = medians(
-            max(3, arguments.rounds // 2),
-            partial(one_by_one, sources),
-            partial(load_images, sources, TILE, MAX_NUM, num_workers=2),
-        )
-        report(f"{width}x{height} x{PICTURES}", seconds, results)
-
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+        contenders = {
+            "before": partial(one_by_one, sources),
+            "ours": partial(load_images, sources, TILE, MAX_NUM, num_workers=2),
+        }
+        name = f"{width}x{height} x{PICTURES}"
+        data[name] = take_turns(contenders, rounds=max(3, rounds // 3))
+        taken, ratio = ratio_of_medians(data[name])
+        figures.append(Figure(f"{name}, {taken * 1e3:.1f} ms: one by one / load_images, 2 workers", ratio))
+    return Section("preprocessing", f"pictures to at most {MAX_NUM} tiles of {TILE} pixels", figures, data)

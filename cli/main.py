@@ -6,9 +6,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from . import chat, compose, extract, inspect, overlay, repack, split
+from . import chat, compose, extract, inspect, memory, overlay, repack, split
 
-COMMANDS = (chat, split, inspect, overlay, repack, extract, compose)
+COMMANDS = (chat, split, memory, inspect, overlay, repack, extract, compose)
 
 
 def build_parser() -> argparse.ArgumentParser:
