@@ -3,6 +3,7 @@
 pixels -> InternViT -> pixel shuffle -> projector -> splice at `<|vision_pad|>` -> decoder -> logits
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen2ForCausalLM
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -64,18 +66,11 @@ def mask_of_chunk(mask: Any, start: int, end: int, *, past: int) -> Any:
         mask: (B, past + L), 0 at padding; or what static caches bring: (B, 1, L, cache), or such masks by kind of
             layer; or None.
         past: how many tokens are in the KV cache before the input.
-
-    Raises:
-        ValueError: a mask of blocks, which flex attention makes for a static cache.
     """
     if mask is None:
         return None
     if isinstance(mask, dict):
         return {kind: mask_of_chunk(part, start, end, past=past) for kind, part in mask.items()}
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(
-            f"prefill_chunk_size can't cut a {type(mask).__name__}: with a static cache, use eager attention or SDPA."
-        )
     return mask[:, : past + end] if mask.ndim == 2 else mask[:, :, start:end]
 
 
@@ -369,7 +364,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             The same four for the last chunk.
 
         Raises:
-            ValueError: `chunk_size` is below 1; or as `mask_of_chunk`.
+            ValueError: `chunk_size` is below 1.
         """
         if chunk_size < 1:
             raise ValueError(f"prefill_chunk_size is {chunk_size}, expected a number of tokens, at least 1.")
@@ -459,7 +454,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             if labels is not None or use_cache is False:
                 raise ValueError("prefill_chunk_size needs the KV cache, and computes no logits for labels.")
             inputs = self.fill_cache(prefill_chunk_size, **inputs)
-            kwargs.pop("cache_position", None)  # type: ignore[misc]  # transformers 4.57's, of the whole input
+            kwargs.pop("cache_position", None)  # transformers 4.57: of the whole input
         outputs = self.language_model(
             **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs
         )
@@ -505,6 +500,19 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             logger.warning_once("The model is on the CPU, to which caches are offloaded: using a plain cache.")
             generation_config.cache_implementation = not_offloaded[generation_config.cache_implementation]
         return generation_config, model_kwargs
+
+    @staticmethod
+    def create_masks_for_generate(config: PretrainedConfig, **kwargs: Any) -> Any:
+        """The decoder's masks for a static cache, made before each step.
+
+        Flex attention adds eager attention's mask to its scores. The blocks that it would get instead are wrong where
+        a chunk follows another (transformers 5 moves their offset while the layers run), and an error in 5.23.
+        """
+        config = config.get_text_config()
+        if config._attn_implementation == "flex_attention":
+            config = copy.copy(config)
+            config._attn_implementation = "eager"
+        return create_masks_for_generate(config=config, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
