@@ -3,7 +3,6 @@
 pixels -> InternViT -> pixel shuffle -> projector -> splice at `<|vision_pad|>` -> decoder -> logits
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig, Qwen2ForCausalLM
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -63,14 +61,15 @@ def mask_of_chunk(mask: Any, start: int, end: int, *, past: int) -> Any:
     """The part of a decoder's attention mask that belongs to the tokens start..end of its input.
 
     Args:
-        mask: (B, past + L), 0 at padding; or what static caches bring: (B, 1, L, cache), or such masks by kind of
-            layer; or None.
+        mask: (B, past + L), 0 at padding; or what `generate` makes for static caches: (B, 1, L, cache), or such masks
+            by kind of layer, None where the whole input can do without; or None.
         past: how many tokens are in the KV cache before the input.
     """
+    if isinstance(mask, dict):
+        parts = {kind: mask_of_chunk(part, start, end, past=past) for kind, part in mask.items()}
+        return None if None in parts.values() else parts  # nothing is padded then, but a later chunk needs a mask
     if mask is None:
         return None
-    if isinstance(mask, dict):
-        return {kind: mask_of_chunk(part, start, end, past=past) for kind, part in mask.items()}
     return mask[:, : past + end] if mask.ndim == 2 else mask[:, :, start:end]
 
 
@@ -343,6 +342,20 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
+    def check_cache(self, cache: Cache | None) -> None:
+        """Check that the decoder's attention can read the KV cache.
+
+        Raises:
+            ValueError: flex attention is to read a static cache. On transformers 5 it would look one step ahead,
+                because the lengths that its masks remember move while the layers run; 5.23 stops before it.
+        """
+        flex = self.config.llm_config._attn_implementation == "flex_attention"
+        if flex and cache is not None and cache.is_compileable:
+            raise ValueError(
+                'Flex attention can\'t read a static cache: load with attn_implementation="sdpa", or leave the cache '
+                "dynamic."
+            )
+
     def fill_cache(
         self,
         chunk_size: int,
@@ -423,10 +436,12 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds; several kinds of pictures; as many
-                placeholders as there are features do not stand in the input; or chunks with labels or without a cache.
+                placeholders as there are features do not stand in the input; chunks with labels or without a cache;
+                or as `check_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds.")
+        self.check_cache(past_key_values)
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is not None and not (pixel_values is None and visual_features is None):
             raise ValueError("Pass pictures once: as pixel_values, as visual_features or as mm_encoder_outputs.")
@@ -501,18 +516,18 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             generation_config.cache_implementation = not_offloaded[generation_config.cache_implementation]
         return generation_config, model_kwargs
 
-    @staticmethod
-    def create_masks_for_generate(config: PretrainedConfig, **kwargs: Any) -> Any:
-        """The decoder's masks for a static cache, made before each step.
-
-        Flex attention adds eager attention's mask to its scores. The blocks that it would get instead are wrong where
-        a chunk follows another (transformers 5 moves their offset while the layers run), and an error in 5.23.
-        """
-        config = config.get_text_config()
-        if config._attn_implementation == "flex_attention":
-            config = copy.copy(config)
-            config._attn_implementation = "eager"
-        return create_masks_for_generate(config=config, **kwargs)
+    def prepare_inputs_for_generation(  # transformers looks for `inputs_embeds` among the names here
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`GenerationMixin.prepare_inputs_for_generation`, after `check_cache`."""
+        self.check_cache(past_key_values)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _expand_inputs_for_generation(
         self,
