@@ -516,7 +516,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             generation_config.cache_implementation = not_offloaded[generation_config.cache_implementation]
         return generation_config, model_kwargs
 
-    def prepare_inputs_for_generation(  # transformers looks for `inputs_embeds` among the names here
+    def prepare_inputs_for_generation(  # type: ignore[override]  # `inputs_embeds` must be a name here
         self,
         input_ids: torch.LongTensor,
         past_key_values: Cache | None = None,

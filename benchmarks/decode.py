@@ -18,7 +18,7 @@ from benchmarks.report import Figure, Section
 from benchmarks.settings import Settings
 from benchmarks.timing import median_ratio, seconds_of
 
-PROMPT, NEW = 256, 49
+PROMPT, NEW = 256, 33
 
 
 def step_seconds(generate: Callable[..., Any], ids: torch.Tensor, *, new_tokens: int) -> float:

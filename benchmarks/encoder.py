@@ -12,6 +12,8 @@ from benchmarks.report import Figure, Section
 from benchmarks.settings import Settings
 from benchmarks.timing import median_ratio, take_turns
 
+ROUNDS = {"tiny": 15, "mid": 4}
+
 
 def run(settings: Settings) -> Section:
     figures, data = [], dict[str, Any]()
@@ -26,7 +28,7 @@ def run(settings: Settings) -> Section:
             "products": lambda products=products, layers=layers: [products() for _ in layers],
         }
         with torch.inference_mode():
-            seconds = take_turns(contenders, rounds=settings.rounds_or(5))
+            seconds = take_turns(contenders, rounds=settings.rounds_or(ROUNDS[bench.name]))
         data[bench.name] = seconds
         figures += [
             Figure(f"{bench.name}: one tile", statistics.median(seconds["ours"]) * 1e3, "ms"),

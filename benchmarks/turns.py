@@ -22,8 +22,8 @@ from benchmarks.settings import Settings
 from benchmarks.timing import seconds_of
 
 TURNS = 10
-STATELESS = {"tiny": range(1, TURNS + 1), "mid": (1, 4, 7, 10)}  # turns at which chat() is asked too: it takes long
-TILES = 4
+STATELESS = {"tiny": range(1, TURNS + 1), "mid": (1, 5, 10)}  # turns at which chat() is asked too: it takes long
+TILES = 3
 ANSWER = 16  # tokens
 QUESTIONS = [
     "What is written in the upper left corner of the page?",
