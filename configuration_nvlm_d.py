@@ -62,7 +62,7 @@ class NVLM_D_Config(PretrainedConfig):
         thumbnail_tag: the thumbnail's tag; the 34B models write `<tile_global>`.
         projector_bias: whether the projector's two Linears have biases.
         image_token_id: id of `<|vision_pad|>`, at which a picture's features stand.
-        tile_batch_size: most tiles that the encoder runs at once.
+        tile_batch_size: most tiles that the encoder runs at once; on a CPU they are fewer where they are large.
         use_backbone_lora, use_llm_lora: kept because the published file has them; LoRA comes through PEFT.
 
     Raises:

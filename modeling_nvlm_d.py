@@ -36,6 +36,8 @@ from .tile_tags import tile_tags  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
+CPU_ENCODER_BYTES = 192 * 2**20  # two released tiles in bfloat16; by `make bench`, 13 at once are slower by a quarter
+
 DECODERS: dict[str, type[PreTrainedModel]] = {
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -177,6 +179,17 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         """Decoder tokens per tile."""
         return self.config.num_image_token
 
+    @property
+    def tiles_at_once(self) -> int:
+        """How many tiles the encoder runs at once: the config's `tile_batch_size`, on a CPU fewer where they are large.
+
+        A CPU gains nothing from more tiles than fill its cores, and touching fresh memory costs it time.
+        """
+        most = self.config.tile_batch_size
+        if execution_device(self.vision_model).type == "cpu":
+            most = min(most, max(1, CPU_ENCODER_BYTES // self.vision_model.activation_bytes))
+        return most
+
     def limit_encoder_memory(self, max_bytes: int) -> int:
         """Set the config's `tile_batch_size` to as many tiles as the encoder can take within a budget, at least one.
 
@@ -246,7 +259,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
 
     def get_visual_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (tiles, 3, S, S) -> pixel-shuffled features (tiles, tokens, 12800), for `visual_features`."""
-        batches = pixel_values.split(self.config.tile_batch_size)
+        batches = pixel_values.split(self.tiles_at_once)
         return torch.cat([self.shuffle_patches(self.run_encoder(tiles).last_hidden_state) for tiles in batches])
 
     @property
@@ -255,8 +268,8 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
         return sum(0 if weight.is_inference() else weight._version for weight in self.vision_model.parameters())
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (tiles, 3, S, S) -> decoder embeddings (tiles, tokens, 8192), `tile_batch_size` tiles at once."""
-        batches = pixel_values.split(self.config.tile_batch_size)
+        """Pixels (tiles, 3, S, S) -> decoder embeddings (tiles, tokens, 8192), `tiles_at_once` tiles at a time."""
+        batches = pixel_values.split(self.tiles_at_once)
         return torch.cat(
             [self.project(self.shuffle_patches(self.run_encoder(tiles).last_hidden_state)) for tiles in batches]
         )
@@ -273,7 +286,7 @@ class NVLM_D_Model(ChatMixin, PreTrainedModel, GenerationMixin):
             `pooler_output` (tiles, tokens, 8192), what `extract_feature` gives; `last_hidden_state`
             (tiles, 1 + patches, 3200); `hidden_states` and `attentions` of the encoder where asked for.
         """
-        batches = [self.run_encoder(tiles, **kwargs) for tiles in pixel_values.split(self.config.tile_batch_size)]
+        batches = [self.run_encoder(tiles, **kwargs) for tiles in pixel_values.split(self.tiles_at_once)]
         last_hidden_state = torch.cat([batch.last_hidden_state for batch in batches])
         layers = {
             name: tuple(map(torch.cat, zip(*(getattr(batch, name) for batch in batches), strict=True)))

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "encoder": "encoder",
     "prefill": "prefill",
     "decode": "decode",
+    "choices": "choices",
     "turns": "turns",
     "batch": "batch",
     "tiles": "tiles",

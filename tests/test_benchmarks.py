@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as entry
-from benchmarks import batch, soak, turns
+from benchmarks import batch, choices, soak, turns
 from benchmarks.decode import bytes_a_step
 from benchmarks.encoder_layer import bare_products
 from benchmarks.fits import fit
@@ -264,6 +264,19 @@ def test_turns_read_only_what_is_new(trained: Bench, monkeypatch: pytest.MonkeyP
         assert one["read"] < 60
         assert len(one["session"]) == len(one["least"]) == 2
         assert min(*one["session"], *one["least"], *one["stateless"]) > 0
+
+
+def test_every_way_to_decode_gives_the_same(small: Bench, tmp_path: Path) -> None:
+    calls = choices.ways_to_decode(small)
+    expected = calls["default"]()
+    for name, call in calls.items():
+        assert torch.equal(call(), expected) == ("sampled" not in name), name
+    settings = Settings(tmp_path, rounds=1, models=("tiny",))
+    settings._built["tiny"] = small
+    section = choices.run(settings)
+    assert small.model.config._attn_implementation == "sdpa"
+    assert len(section.figures) == 8
+    assert all(figure.value > 0 for figure in section.figures)
 
 
 def test_session_memory_counts_tiles_features_and_keys(trained: Bench) -> None:

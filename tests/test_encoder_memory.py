@@ -1,5 +1,7 @@
 """The encoder keeps to a budget in bytes: as many tiles at once as fit, and never more."""
 
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +47,15 @@ def test_a_budget_becomes_the_number_of_tiles_at_once(load_model, golden_vision)
         assert max(sizes) <= most
     with pytest.raises(ValueError, match="max_bytes is 0"):
         model.limit_encoder_memory(0)
+
+
+def test_a_cpu_takes_large_tiles_few_at_once(load_model, monkeypatch):
+    model = load_model()
+    per_tile = model.vision_model.activation_bytes
+    assert model.tiles_at_once == model.config.tile_batch_size == 16
+    for budget, most in ((1, 1), (3 * per_tile, 3), (17 * per_tile, 16)):
+        monkeypatch.setattr(sys.modules[type(model).__module__], "CPU_ENCODER_BYTES", budget)
+        assert model.tiles_at_once == most
 
 
 def test_the_released_tile_takes_85_megabytes():

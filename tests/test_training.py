@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerCallback
 import nvlm
 from nvlm.training import LoRA, Stage, train
 from nvlm.training.lora import add_adapters, merge_adapters
+from nvlm.training.optimizer import muon_of
 from nvlm.training.parts import freeze
 from nvlm.training.plot import smooth
 from nvlm.training.run import parse_settings
@@ -109,7 +110,10 @@ def test_training_both_parts_lowers_the_loss_and_leaves_the_encoder(stage: Stage
     assert np.mean(result.losses[-3:]) < result.losses[0] - 1
 
 
-@pytest.mark.parametrize("change", [{}, {"workers": 1}, {"packing": True}, {"group_by_length": True, "log_every": 3}])
+CHANGES = [{}, {"workers": 1}, {"packing": True}, {"group_by_length": True, "log_every": 3}, {"optimizer": "muon"}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     change: dict[str, Any], stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +137,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert resumed.totals == whole.totals
     expected, found = weights_of(whole.output), weights_of(resumed.output)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_muon_takes_the_matrices_inside_the_network(stage: Stage, load_model: Any) -> None:
+    model = load_model("base")
+    freeze(model, stage)
+    decayed = [name for name, value in model.named_parameters() if value.ndim == 2]
+    optimizer = muon_of(model, dataclasses.replace(stage, weight_decay=0.1), decayed=decayed)
+    names = {id(value): name for name, value in model.named_parameters()}
+    groups = [({names[id(value)] for value in group["params"]}, group) for group in optimizer.param_groups]
+    (matrices, muon), (vocabulary, adamw), (rest, plain) = groups
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in matrices
+    assert "mlp1.1.weight" in matrices
+    assert vocabulary == {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
+    assert all("norm" in name or "bias" in name or name.startswith("mlp1.0") for name in rest)
+    assert (muon["weight_decay"], adamw["weight_decay"], plain["weight_decay"]) == (0.1, 0.1, 0)
+    assert set().union(*(members for members, _ in groups)) == {
+        name for name, value in model.named_parameters() if value.requires_grad
+    }
+
+
+def test_muons_learning_rate_is_the_schedules(stage: Stage) -> None:
+    result = train(dataclasses.replace(stage, optimizer="muon", warmup_steps=2, steps=4, log_every=1))
+    before, after = weights_of(stage.model), weights_of(result.output)
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {
+        "mlp1", "language_model",
+    }  # fmt: skip
+    rates = [entry["learning_rate"] for entry in result.log]
+    assert rates[0] < rates[1] < rates[2] > rates[3]
 
 
 def test_the_cosine_may_end_after_the_stage(stage: Stage, tmp_path: Path) -> None:
@@ -249,6 +281,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"trained": []}, r"trained is \(\), expected at least one"),
     ({"format": "sft"}, r"format is 'sft', expected one of \['pretrain', 'chat'\]"),
+    ({"optimizer": "sgd"}, r"optimizer is 'sgd', expected one of \['adamw', 'muon'\]"),
     ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0"),
     ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
     ({"min_learning_rate": 1}, "min_learning_rate is 1, expected at most 2e-06"),

@@ -11,6 +11,7 @@ from .checks import check_keys, is_number, is_whole, read_yaml, require
 
 TRAINABLE = ("projector", "decoder")
 FORMATS = ("pretrain", "chat")
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -56,7 +57,9 @@ class Stage:
         decay_steps: steps, warmup counted, after which the cosine is at its end; None for `steps`. More than `steps`
             leaves the end of the decline to a later stage.
         warmup_steps: steps of linear warmup from 0.
-        weight_decay: AdamW's, on everything but biases and norms.
+        optimizer: "adamw", or "muon" for Muon on the matrices inside the network and AdamW on everything else; with
+            the same learning rates.
+        weight_decay: the optimizer's, on everything but biases and norms.
         clip: largest norm of all gradients together; 0 for no limit.
         beta1, beta2: AdamW's.
         batch_size: samples of an optimizer step, over all devices.
@@ -87,6 +90,7 @@ class Stage:
     steps: int
     trained: tuple[str, ...] = TRAINABLE
     format: str = "chat"
+    optimizer: str = "adamw"
     learning_rate: float = 2e-6
     min_learning_rate: float = 0.0
     decay_steps: int | None = None
@@ -131,6 +135,7 @@ class Stage:
         fits = all(part in TRAINABLE for part in self.trained) and len(set(self.trained)) == len(self.trained)
         require(fits, "trained", self.trained, parts)
         require(self.format in FORMATS, "format", self.format, f"one of {list(FORMATS)}")
+        require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {list(OPTIMIZERS)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {list(PRECISIONS)}")
         kinds = f"one of {list(TAG_KINDS)}, or null for the config's"
         require(self.tile_tag is None or self.tile_tag in TAG_KINDS, "tile_tag", self.tile_tag, kinds)

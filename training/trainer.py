@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .collator import Collator
 from .data import Item
-from .parts import check_encoder_frozen, part_of
+from .optimizer import muon_of
+from .parts import check_encoder_frozen, is_spread, part_of
 from .records import Meter, RecordLog
 from .stage import Stage
 
@@ -112,6 +113,19 @@ class StageTrainer(Trainer):
         """
         self._encoder.eval()
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stage's optimizer.
+
+        Raises:
+            RuntimeError: Muon where accelerate spreads the matrices: it needs them whole.
+        """
+        if self._stage.optimizer == "muon" and self.optimizer is None:
+            if is_spread(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise RuntimeError("optimizer is 'muon', expected 'adamw': FSDP and DeepSpeed spread the matrices.")
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = muon_of(self.model, self._stage, decayed=decayed)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate's cosine, over the stage's own number of steps."""
