@@ -25,7 +25,7 @@ SAMPLED = {"do_sample": True, "top_k": 0}  # of random weights: text in which no
 
 def compiled() -> dict[str, Any]:
     """A static cache, and the decode step compiled on a CPU too, where transformers does not do so by itself."""
-    config = CompileConfig(mode="default")
+    config: Any = CompileConfig(mode="default")
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
 

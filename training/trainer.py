@@ -121,10 +121,11 @@ class StageTrainer(Trainer):
             RuntimeError: Muon where accelerate spreads the matrices: it needs them whole.
         """
         if self._stage.optimizer == "muon" and self.optimizer is None:
-            if is_spread(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            whole: Any = self.model
+            if is_spread(whole) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise RuntimeError("optimizer is 'muon', expected 'adamw': FSDP and DeepSpeed spread the matrices.")
-            decayed = self.get_decay_parameter_names(self.model)
-            self.optimizer = muon_of(self.model, self._stage, decayed=decayed)
+            decayed = self.get_decay_parameter_names(whole)
+            self.optimizer = muon_of(whole, self._stage, decayed=decayed)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
