@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nvlm import NVLM_D_Config, NVLM_D_Model, load_image
 from nvlm.prompt import encode_text
@@ -45,6 +45,12 @@ def write_lines(path: Path, samples: list[Any]) -> Path:
 
 def sample(question: Any = "Q?", answer: Any = "A.") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    """A fast one, as training wants it; the others' is transformers 4's slow one there."""
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

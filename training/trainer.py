@@ -114,7 +114,7 @@ class StageTrainer(Trainer):
         self._encoder.eval()
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The stage's optimizer.
 
         Raises:
@@ -126,7 +126,7 @@ class StageTrainer(Trainer):
                 raise RuntimeError("optimizer is 'muon', expected 'adamw': FSDP and DeepSpeed spread the matrices.")
             decayed = self.get_decay_parameter_names(whole)
             self.optimizer = muon_of(whole, self._stage, decayed=decayed)
-        return super().create_optimizer(model)
+        return super().create_optimizer(*args)  # transformers 5 hands over the model
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate's cosine, over the stage's own number of steps."""
