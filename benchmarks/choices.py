@@ -4,21 +4,20 @@ The defaults are those that win here; docs/conversations.md says which.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import CompileConfig
 
+from benchmarks.decode import NEW, PROMPT
 from benchmarks.models import Bench, prompt_ids, random_tiles
 from benchmarks.prefill import TEXT_TOKENS, one_token
 from benchmarks.report import Figure, Section
 from benchmarks.settings import Settings
 from benchmarks.timing import median_ratio, seconds_of, take_turns
 
-PROMPT, NEW = 256, 33
 LOOKUP = {"prompt_lookup_num_tokens": 10}
 SAMPLED = {"do_sample": True, "top_k": 0}  # of random weights: text in which nothing comes a second time
 
@@ -30,21 +29,14 @@ def compiled() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-@contextmanager
-def attention(bench: Bench, backend: str) -> Iterator[None]:
-    """Encoder and decoder with an attention backend."""
+def with_attention(bench: Bench, backend: str, work: Callable[[], Any]) -> None:
+    """Do some work with an attention backend of encoder and decoder."""
     before = bench.model.config._attn_implementation
     bench.model.set_attn_implementation(backend)
     try:
-        yield
+        work()
     finally:
         bench.model.set_attn_implementation(before)
-
-
-def with_attention(bench: Bench, backend: str, work: Callable[[], Any]) -> None:
-    """Do some work with an attention backend."""
-    with attention(bench, backend):
-        work()
 
 
 def ways_to_decode(bench: Bench) -> dict[str, Callable[[], torch.Tensor]]:
