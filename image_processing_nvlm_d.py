@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_nvlm_d import NVLM_D_Config
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, describe, load_images, open_picture, tile_grid
 
 OPTIONS = (
@@ -114,6 +115,23 @@ class NVLM_D_ImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(IMAGENET_MEAN if image_mean is None else image_mean)
         self.image_std = list(IMAGENET_STD if image_std is None else image_std)
+
+    @classmethod
+    def from_model_config(cls, config: NVLM_D_Config, **options: Any) -> "NVLM_D_ImageProcessor":
+        """The image processor of a model.
+
+        Args:
+            config: the model's; says how its pictures are cut.
+            **options: of the class, instead of the config's.
+        """
+        of_config = {
+            "size": config.tile_size,
+            "crop_to_patches": config.dynamic_image_size,
+            "min_patches": config.min_dynamic_patch,
+            "max_patches": config.max_dynamic_patch,
+            "use_thumbnail": config.use_thumbnail,
+        }
+        return cls(**{**of_config, **options})
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Cut pictures into tiles.

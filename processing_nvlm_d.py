@@ -20,8 +20,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
+from .configuration_nvlm_d import NVLM_D_Config
 from .conversation import Segment
-from .image_processing_nvlm_d import NVLM_D_ImagesKwargs, flatten_pictures, tile_side
+from .image_processing_nvlm_d import NVLM_D_ImageProcessor, NVLM_D_ImagesKwargs, flatten_pictures, tile_side
 from .messages import Shield, split_batch, take_visuals
 from .placeholders import Piece, Visual, Visuals, replacement_offsets
 from .preprocessing import load_images  # noqa: F401 (transformers 4.57 copies only what this file itself imports)
@@ -108,6 +109,26 @@ class NVLM_D_Processor(ProcessorMixin):
         self.image_token = "<|vision_pad|>"
         self.image_token_id = control_token_id(tokenizer, self.image_token)
         self.video_token = "<video>"
+
+    @classmethod
+    def from_model_config(
+        cls, config: NVLM_D_Config, tokenizer: PreTrainedTokenizerBase, *, chat_template: str
+    ) -> "NVLM_D_Processor":
+        """The processor of a model, where its checkpoint has no processor's files.
+
+        Args:
+            config: the model's.
+            tokenizer: the checkpoint's.
+            chat_template: as for the class.
+        """
+        return cls(
+            NVLM_D_ImageProcessor.from_model_config(config),
+            tokenizer,
+            image_seq_length=config.num_image_token,
+            tile_tag=config.tile_tag,
+            thumbnail_tag=config.thumbnail_tag,
+            chat_template=chat_template,
+        )
 
     def __call__(
         self,

@@ -67,9 +67,8 @@ class NvlmProcessingInfo(BaseProcessingInfo):
         unknown = sorted(given.keys() - OPTIONS.keys())
         if unknown:
             raise ValueError(f"mm_processor_kwargs has {unknown}: expected some of {list(OPTIONS)}.")
-        config = self.get_hf_config()
-        options = {name: given.get(field, getattr(config, field)) for field, name in OPTIONS.items()}
-        return NVLM_D_ImageProcessor(size=config.tile_size, **options)
+        options = {OPTIONS[field]: value for field, value in given.items()}
+        return NVLM_D_ImageProcessor.from_model_config(self.get_hf_config(), **options)
 
     def picture_ids(self, picture: Any, num_tiles: int, kwargs: Mapping[str, object]) -> list[int]:
         """The ids that stand for a picture: its tags, and `num_image_token` slots a tile."""

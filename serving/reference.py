@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
-from nvlm import NVLM_D_ImageProcessor, NVLM_D_Model, NVLM_D_Processor
+from nvlm import NVLM_D_Model, NVLM_D_Processor
 from nvlm.serving.cases import Case, Picture
 
 
@@ -52,21 +52,8 @@ class Reference:
     def __init__(self, checkpoint: Path) -> None:
         self.model = NVLM_D_Model.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
-        config = self.model.config
-        image_processor = NVLM_D_ImageProcessor(
-            size=config.tile_size,
-            crop_to_patches=config.dynamic_image_size,
-            min_patches=config.min_dynamic_patch,
-            max_patches=config.max_dynamic_patch,
-            use_thumbnail=config.use_thumbnail,
-        )
-        self._processor = NVLM_D_Processor(
-            image_processor,
-            self.tokenizer,
-            image_seq_length=config.num_image_token,
-            tile_tag=config.tile_tag,
-            thumbnail_tag=config.thumbnail_tag,
-            chat_template=(checkpoint / "chat_template.jinja").read_text(),
+        self._processor = NVLM_D_Processor.from_model_config(
+            self.model.config, self.tokenizer, chat_template=(checkpoint / "chat_template.jinja").read_text()
         )
 
     def answer(self, case: Case, *, max_tokens: int) -> Generated:

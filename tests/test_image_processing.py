@@ -114,7 +114,19 @@ def test_shipped_settings_are_the_defaults_and_the_configs(repository):
     assert {name: shipped[name] for name in defaults if name in shipped and name != "auto_map"} == {
         name: value for name, value in defaults.items() if name in shipped
     }
-    config = NVLM_D_Config.from_pretrained(repository)
-    assert shipped["size"] == {"height": config.tile_size, "width": config.tile_size}
-    assert (shipped["min_patches"], shipped["max_patches"]) == (config.min_dynamic_patch, config.max_dynamic_patch)
-    assert (shipped["use_thumbnail"], shipped["crop_to_patches"]) == (config.use_thumbnail, config.dynamic_image_size)
+    of_config = NVLM_D_ImageProcessor.from_model_config(NVLM_D_Config.from_pretrained(repository)).to_dict()
+    assert {name: shipped[name] for name in of_config if name in shipped} == {
+        name: value for name, value in of_config.items() if name in shipped
+    }
+
+
+def test_a_config_says_how_pictures_are_cut_and_options_overrule_it():
+    config = NVLM_D_Config(
+        force_image_size=56, dynamic_image_size=False, min_dynamic_patch=2, max_dynamic_patch=3, use_thumbnail=False
+    )
+    config.vision_config.image_size = 56
+    cut = NVLM_D_ImageProcessor.from_model_config(config)
+    assert cut.size == {"height": config.tile_size, "width": config.tile_size} == {"height": 56, "width": 56}
+    assert (cut.crop_to_patches, cut.min_patches, cut.max_patches, cut.use_thumbnail) == (False, 2, 3, False)
+    other = NVLM_D_ImageProcessor.from_model_config(config, max_patches=9, use_thumbnail=True)
+    assert (other.min_patches, other.max_patches, other.use_thumbnail) == (2, 9, True)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nvlm import NVLM_D_Config, NVLM_D_Model, load_image
+import nvlm
+from nvlm import NVLM_D_Config, NVLM_D_Model, NVLM_D_Processor, load_image
 from nvlm.prompt import encode_text
 from nvlm.training.blend import BLOCK, Blend, Source, read_sources
 from nvlm.training.collator import Collator
@@ -22,7 +23,6 @@ from nvlm.training.data import Item, StageData
 from nvlm.training.encoding import IGNORED, SampleEncoder
 from nvlm.training.jsonl import JsonLines
 from nvlm.training.ordering import WINDOW, LengthGroups
-from nvlm.training.output import build_processor
 from nvlm.training.samples import BadSampleError, parse_sample
 from nvlm.training.stage import Stage
 from nvlm.training.text import TextEncoder
@@ -124,7 +124,8 @@ def test_chat_ids_and_loss_mask_are_the_processors(
     example = SampleEncoder(tokenizer, config).encode(turns)
 
     absolute = json.loads(json.dumps(messages).replace('"image": "', f'"image": "{pictures}/'))
-    expected = build_processor(config, tokenizer).apply_chat_template(
+    template = Path(nvlm.__file__).with_name("chat_template.jinja").read_text()
+    expected = NVLM_D_Processor.from_model_config(config, tokenizer, chat_template=template).apply_chat_template(
         absolute, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     assert example.input_ids.tolist() == expected["input_ids"][0].tolist()

@@ -7,32 +7,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import nvlm
-from nvlm.configuration_nvlm_d import NVLM_D_Config
-from nvlm.image_processing_nvlm_d import NVLM_D_ImageProcessor
 from nvlm.processing_nvlm_d import NVLM_D_Processor
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 _RECORDS = ("log.jsonl", "loss.png", "stage.yaml")  # of the run that made the start
-
-
-def build_processor(config: NVLM_D_Config, tokenizer: PreTrainedTokenizerBase) -> NVLM_D_Processor:
-    """The processor that fits a config."""
-    image_processor = NVLM_D_ImageProcessor(
-        size=config.tile_size,
-        crop_to_patches=config.dynamic_image_size,
-        min_patches=config.min_dynamic_patch,
-        max_patches=config.max_dynamic_patch,
-        use_thumbnail=config.use_thumbnail,
-    )
-    template = Path(nvlm.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    return NVLM_D_Processor(
-        image_processor,
-        tokenizer,
-        image_seq_length=config.num_image_token,
-        tile_tag=config.tile_tag,
-        thumbnail_tag=config.thumbnail_tag,
-        chat_template=template,
-    )
 
 
 def write_checkpoint(
@@ -57,4 +35,6 @@ def write_checkpoint(
         if file.is_file() and not file.name.endswith((*_WEIGHTS, *_RECORDS)):
             shutil.copy(file, folder)
     model.save_pretrained(folder, state_dict=weights)
-    build_processor(model.config, tokenizer).save_pretrained(folder)
+    template = Path(nvlm.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    processor = NVLM_D_Processor.from_model_config(model.config, tokenizer, chat_template=template)
+    processor.save_pretrained(folder)
