@@ -143,7 +143,14 @@ def test_muon_takes_the_matrices_inside_the_network(stage: Stage, load_model: An
     model = load_model("base")
     freeze(model, stage)
     decayed = [name for name, value in model.named_parameters() if value.ndim == 2]
-    optimizer = muon_of(model, dataclasses.replace(stage, weight_decay=0.1), decayed=decayed)
+    optimizer = muon_of(
+        model,
+        outside=[model.get_input_embeddings(), model.get_output_embeddings()],
+        decayed=decayed,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+    )
     names = {id(value): name for name, value in model.named_parameters()}
     groups = [({names[id(value)] for value in group["params"]}, group) for group in optimizer.param_groups]
     (matrices, muon), (vocabulary, adamw), (rest, plain) = groups

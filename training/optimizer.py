@@ -1,13 +1,10 @@
 """The optimizer "muon": orthogonalised momentum for the matrices inside the network, AdamW for everything else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-
-from .stage import Stage
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -63,27 +60,37 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def muon_of(model: PreTrainedModel, stage: Stage, *, decayed: list[str]) -> MuonWithAdamW:
-    """The optimizer of a stage with `optimizer: muon`.
+def muon_of(
+    model: nn.Module,
+    *,
+    outside: list[nn.Module],
+    decayed: Collection[str],
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> MuonWithAdamW:
+    """Muon for a model's hidden matrices, AdamW for what else it trains.
 
     Args:
         model: with its frozen parts frozen.
-        stage: for the rates.
+        outside: its layers whose matrices are not hidden ones: the embeddings, the output layers.
         decayed: names of the parameters that weight decay is for.
+        learning_rate: of both.
+        weight_decay: of both.
+        betas: AdamW's.
     """
-    vocabulary = [model.get_input_embeddings(), model.get_output_embeddings()]
-    outside = {id(value) for layer in vocabulary for value in layer.parameters()}
+    not_hidden = {id(value) for layer in outside for value in layer.parameters()}
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    hidden = {name for name, value in trained if value.ndim == 2 and id(value) not in outside}
+    hidden = {name for name, value in trained if value.ndim == 2 and id(value) not in not_hidden}
     others = [
         {"params": [value for name, value in trained if name not in hidden and (name in decayed) == is_decayed]}
-        | {"weight_decay": stage.weight_decay if is_decayed else 0.0}
+        | {"weight_decay": weight_decay if is_decayed else 0.0}
         for is_decayed in (True, False)
     ]
     return MuonWithAdamW(
         [value for name, value in trained if name in hidden],
         [group for group in others if group["params"]],
-        lr=stage.learning_rate,
-        weight_decay=stage.weight_decay,
-        betas=(stage.beta1, stage.beta2),
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        betas=betas,
     )

@@ -124,8 +124,14 @@ class StageTrainer(Trainer):
             whole: Any = self.model
             if is_spread(whole) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise RuntimeError("optimizer is 'muon', expected 'adamw': FSDP and DeepSpeed spread the matrices.")
-            decayed = self.get_decay_parameter_names(whole)
-            self.optimizer = muon_of(whole, self._stage, decayed=decayed)
+            self.optimizer = muon_of(
+                whole,
+                outside=[whole.get_input_embeddings(), whole.get_output_embeddings()],
+                decayed=self.get_decay_parameter_names(whole),
+                learning_rate=self._stage.learning_rate,
+                weight_decay=self._stage.weight_decay,
+                betas=(self._stage.beta1, self._stage.beta2),
+            )
         return super().create_optimizer(*args)  # transformers 5 hands over the model
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
