@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy --config-file pyproject.toml $(wildcard *.py) cli training serving examples tiny benchmarks integrations
 
-# The tiny trained checkpoint from seeds alone, about 100 minutes on 2 cores; its ablation of tile tags, about as long.
+# The tiny trained checkpoint from seeds alone, about 90 minutes on 2 cores; its ablation of tile tags, about an hour.
 tiny: $(INSTALLED)
 	$(PY) -m tiny.build --clean
 

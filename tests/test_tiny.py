@@ -1,6 +1,7 @@
 """The tiny model's generators, how it is built, and what the checkpoint of this repository understands."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from nvlm.modeling_intern_vit import InternVisionModel
 from tiny import ablation, build, card, dataset
 from tiny.assemble import DUMMY_HEADS, add_dummy_heads
 from tiny.decoder import tiny_decoder_config
-from tiny.encoder import GRID, LABEL_IDS, label_tiles, tiny_vision_config
+from tiny.encoder import FACTS, GRID, LABEL_IDS, label_tiles, tiny_vision_config
 from tiny.evaluate import CHECKPOINT, TARGETS, backwards, changed, faults, held_out, score
 from tiny.page import PATCH, TILE, rng_of
 from tiny.sheet import draw_sheet
@@ -142,7 +143,7 @@ def test_the_sheet_has_all_skills() -> None:
 
 def test_labels_stand_at_the_patches_of_their_marks() -> None:
     page = skill("digit strings").sample(3).pages[0]
-    pixels, labels = label_tiles(page)
+    pixels, labels, facts = label_tiles(page)
     assert pixels.shape[1:] == (3, TILE, TILE)
     assert labels.shape == (len(pixels), GRID * GRID)
     columns = page.picture.width // TILE
@@ -151,6 +152,21 @@ def test_labels_stand_at_the_patches_of_their_marks() -> None:
         place = int(mark.y % TILE // PATCH) * GRID + int(mark.x % TILE // PATCH)
         assert labels[tile, place] == LABEL_IDS[mark.label]
     assert (labels[:-1] > 0).sum() == len(page.marks)
+    assert not facts.any()
+
+
+def test_a_letter_on_a_bar_knows_its_value_and_a_shape_its_zone() -> None:
+    for name, facts_each in (("charts", 1), ("shapes", 3)):
+        [page] = skill(name).sample(3).pages
+        facts = label_tiles(page).facts[0]
+        known = [mark for mark in page.marks if mark.facts]
+        assert facts.sum() == len(known) * facts_each
+        for mark in known:
+            patch = int(mark.y // PATCH) * GRID + int(mark.x // PATCH)
+            assert {FACTS[i] for i in facts[patch].nonzero().flatten()} == set(mark.facts)
+    values = re.findall(r"([A-Z]) (\d)", skill("charts").sample(3).notes)
+    page = skill("charts").sample(3).pages[0]
+    assert {(mark.label[-1], mark.facts[0][-1]) for mark in page.marks if mark.facts} == set(values)
 
 
 # Building

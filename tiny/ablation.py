@@ -39,7 +39,7 @@ SEEDS = (0, 1, 2)
 QUESTIONS = ("all digits", "one place")  # what the first and the second question of a digit string ask for
 PAGES = 6000
 DATA_SEED = 2
-BASE_STEPS = 600
+BASE_STEPS = 400
 ROOT = WORK.parent / "tiny-ablation"
 DOCS = REPOSITORY / "docs"
 
@@ -130,7 +130,7 @@ def plot(file: Path, results: dict[str, dict[str, list[float]]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tiny.ablation", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each run")
     parser.add_argument("--samples", type=int, default=200, help="held-out pages")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, one core each")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""How both backbones are pre-trained: AdamW, one cycle of the learning rate, and a log."""
+"""How both backbones are pre-trained: Muon with AdamW, one cycle of the learning rate, and a log."""
 
 import json
 import time
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from nvlm.training.optimizer import muon_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ def fit(
     model: nn.Module,
     run: Run,
     *,
+    outside: list[nn.Module],
     losses: Callable[[], dict[str, torch.Tensor]],
     measure: Callable[[], dict[str, float]],
     measure_every: int,
@@ -37,15 +40,25 @@ def fit(
         folder: where the log goes; made if it is not there.
         model: all its parameters are trained.
         run: for how long, how fast.
+        outside: the layers whose matrices AdamW trains, the embeddings and the output layers.
         losses: the losses of the next batch, by name; their sum is minimised.
         measure: scores on held-out data, by name, for the log.
         measure_every: steps between two measurements.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=run.learning_rate, betas=(0.9, 0.98), weight_decay=run.weight_decay
+    optimizer = muon_of(
+        model,
+        outside=outside,
+        decayed=[name for name, value in model.named_parameters() if value.ndim > 1],
+        learning_rate=run.learning_rate,
+        weight_decay=run.weight_decay,
+        betas=(0.9, 0.98),
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.learning_rate, total_steps=run.steps, pct_start=min(0.5, run.warmup_steps / run.steps)
+        optimizer,
+        run.learning_rate,
+        total_steps=run.steps,
+        pct_start=min(0.5, run.warmup_steps / run.steps),
+        cycle_momentum=False,
     )
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

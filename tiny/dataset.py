@@ -1,6 +1,7 @@
 """Samples as training data on disk: JSON lines of messages, and a PNG a page."""
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,12 @@ def as_it_is(sample: Sample) -> Sample:
 
 
 def as_conversation(sample: Sample) -> Sample:
-    """A sample as the second stage takes it: all its questions, and in the end its pages are described."""
+    """A sample as the second stage takes it: all its questions, and its pages are described, mostly in the end."""
     if not sample.pages:
         return sample
-    return replace(sample, questions=[*sample.questions, *sample.caption().questions])
+    description = sample.caption().questions
+    comes_first = zlib.crc32(sample.notes.encode()) % 5 == 0
+    return replace(sample, questions=description + sample.questions if comes_first else sample.questions + description)
 
 
 def write_samples(folder: Path, skill: Skill, count: int, *, form: Callable[[Sample], Sample]) -> Path:

@@ -97,6 +97,7 @@ def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, *, steps:
         folder,
         decoder,
         run,
+        outside=[decoder.get_input_embeddings(), decoder.get_output_embeddings()],
         losses=losses,
         measure=lambda: {"accuracy": accuracy(decoder, held_out, batches=16, size=32)},
         measure_every=500,

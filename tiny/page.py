@@ -31,11 +31,15 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Mark:
-    """What stands at a point (x, y) of a page, in pixels: "digit 7", "letter Q", "red circle", "bar 4"."""
+    """What stands at a point (x, y) of a page, in pixels: "digit 7", "letter Q", "red circle", "bar 4".
+
+    `facts` say more about it: a shape's kind, colour and zone, the value of the bar below a letter.
+    """
 
     label: str
     x: float
     y: float
+    facts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

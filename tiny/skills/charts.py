@@ -1,15 +1,18 @@
 """Small bar charts on one tile: a bar's value, the largest and the smallest bar."""
 
+from dataclasses import replace
+
 from PIL import ImageDraw
 
 from tiny.page import FONTS, Mark, Page, Sample, draw_letters, font, ink, middle, paper, rng_of
 from tiny.skills.words import ALPHABET
 
-BASE, UNIT, TALLEST = 96, 9, 9  # the axis in pixels from above, pixels a unit, the largest value
+BASE, UNIT, TALLEST = 107, 10, 9  # the axis in pixels from above, pixels a unit, the largest value
+FACTS = tuple(f"value {value}" for value in range(1, TALLEST + 1))
 
 
 class Charts:
-    """Three or four bars of different values from 1 to 9, each with a letter below it; lines stand at every 3 units."""
+    """Three or four bars of different values from 1 to 9, each with a letter on top; lines stand at every 3 units."""
 
     name = "charts"
 
@@ -34,8 +37,9 @@ class Charts:
             x = middle(first + 2 * i) + rng.uniform(-1.5, 1.5)
             half, top = rng.uniform(6, 10), BASE - value * UNIT
             draw.rectangle((x - half, top, x + half, BASE), fill=fill)
-            marks.append(Mark(f"bar {value}", x, top + 2))
-            marks += draw_letters(draw, letters[i], x=x, y=middle(7), face=face, fill=ink(rng))
+            marks.append(Mark(f"bar {value}", x, top + 5))
+            [letter] = draw_letters(draw, letters[i], x=x, y=top - 9, face=face, fill=ink(rng))
+            marks.append(replace(letter, facts=(f"value {value}",)))
         asked = rng.permutation(count)[:2].tolist()
         value_of = [(f"What is the value of bar {letters[i]}?", str(values[i])) for i in asked]
         largest = ("Which bar is the largest?", letters[values.index(max(values))])

@@ -13,10 +13,15 @@ ZONES = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 MOST = 4
+FACTS = (
+    *(f"kind {kind}" for kind in SHAPES),
+    *(f"colour {colour}" for colour in COLOURS),
+    *(f"zone {zone}" for zone in ZONES),
+)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, kind: str, *, x: float, y: float, radius: float, colour: str) -> Mark:
-    """Draw a shape with its centre at (x, y)."""
+    """Draw a shape with its centre at (x, y) of a page of one tile."""
     fill = COLOURS[colour]
     if kind == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
@@ -26,7 +31,8 @@ def draw_shape(draw: ImageDraw.ImageDraw, kind: str, *, x: float, y: float, radi
     else:
         corners = [(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)]
         draw.polygon(corners, fill=fill)
-    return Mark(f"{colour} {kind}", x, y)
+    zone = ZONES[int(3 * y / TILE) * 3 + int(3 * x / TILE)]
+    return Mark(f"{colour} {kind}", x, y, facts=(f"kind {kind}", f"colour {colour}", f"zone {zone}"))
 
 
 def scatter(rng: np.random.Generator, *, count: int) -> tuple[Page, list[tuple[str, str, str]]]:
