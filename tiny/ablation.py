@@ -121,7 +121,7 @@ def plot(file: Path, results: dict[str, dict[str, list[float]]]) -> None:
         for place, (_, scores) in enumerate(results.items()):
             axes.bar(place, mean(scores[question]), color="tab:blue", alpha=0.4)
             axes.plot([place] * len(scores[question]), scores[question], "o", color="tab:blue")
-        axes.set_xticks(range(len(results)), list(results), rotation=20)
+        axes.set_xticks(range(len(results)), list(results), rotation=20, ha="right")
         axes.set_ylabel("exact match, %")
         axes.set_title(question)
     figure.savefig(file, dpi=120)
