@@ -27,6 +27,13 @@ OPTIONS = (
     "image_mean",
     "image_std",
 )
+# The model's config says how pictures are cut: its fields, and the options that they are.
+CONFIG_FIELDS = {
+    "dynamic_image_size": "crop_to_patches",
+    "min_dynamic_patch": "min_patches",
+    "max_dynamic_patch": "max_patches",
+    "use_thumbnail": "use_thumbnail",
+}
 # What is done to every picture; transformers has switches for it, and these are the settings that it has here.
 FIXED_OPTIONS: dict[str, Any] = {
     "do_convert_rgb": True,
@@ -124,14 +131,8 @@ class NVLM_D_ImageProcessor(BaseImageProcessor):
             config: the model's; says how its pictures are cut.
             **options: of the class, instead of the config's.
         """
-        of_config = {
-            "size": config.tile_size,
-            "crop_to_patches": config.dynamic_image_size,
-            "min_patches": config.min_dynamic_patch,
-            "max_patches": config.max_dynamic_patch,
-            "use_thumbnail": config.use_thumbnail,
-        }
-        return cls(**{**of_config, **options})
+        of_config = {option: getattr(config, field) for field, option in CONFIG_FIELDS.items()}
+        return cls(**{"size": config.tile_size, **of_config, **options})
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Cut pictures into tiles.

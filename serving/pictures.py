@@ -20,17 +20,10 @@ from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from nvlm import NVLM_D_ImageProcessor
 from nvlm.conversation import IMAGE_TOKEN
+from nvlm.image_processing_nvlm_d import CONFIG_FIELDS
 from nvlm.prompt import control_token_id, encode_prompt, picture_segments
 from nvlm.serving.prompts import expand_pictures
 from nvlm.tile_tags import tile_tags
-
-# Fields of the config that a request may override by `mm_processor_kwargs`, and the image processor's names of them.
-OPTIONS = {
-    "dynamic_image_size": "crop_to_patches",
-    "min_dynamic_patch": "min_patches",
-    "max_dynamic_patch": "max_patches",
-    "use_thumbnail": "use_thumbnail",
-}
 
 
 class PicturesAsSent(MultiModalDataParser):
@@ -61,13 +54,13 @@ class NvlmProcessingInfo(BaseProcessingInfo):
         """This package's image processor with the config's options, but for those that a request overrides.
 
         Raises:
-            ValueError: an option that is not in `OPTIONS`.
+            ValueError: an option that is not in `CONFIG_FIELDS`.
         """
         given = self.ctx.get_merged_mm_kwargs(kwargs)
-        unknown = sorted(given.keys() - OPTIONS.keys())
+        unknown = sorted(given.keys() - CONFIG_FIELDS.keys())
         if unknown:
-            raise ValueError(f"mm_processor_kwargs has {unknown}: expected some of {list(OPTIONS)}.")
-        options = {OPTIONS[field]: value for field, value in given.items()}
+            raise ValueError(f"mm_processor_kwargs has {unknown}: expected some of {list(CONFIG_FIELDS)}.")
+        options = {CONFIG_FIELDS[field]: value for field, value in given.items()}
         return NVLM_D_ImageProcessor.from_model_config(self.get_hf_config(), **options)
 
     def picture_ids(self, picture: Any, num_tiles: int, kwargs: Mapping[str, object]) -> list[int]:

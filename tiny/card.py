@@ -60,9 +60,10 @@ The last rows are digit strings again with the model broken on purpose: the scor
 
 {phases}
 
-The encoder learned to name what stands at each patch, the decoder to compute and to answer about notes in words; then
-the projector alone learned to describe pages, and projector and decoder learned all skills, in two parts
-(`training/stages/tiny_*.yaml`). The logs are in `logs/`, the curves:
+The encoder learned to name what stands at each patch with facts about it (at a letter, the value of the bar below it;
+a shape's kind, colour and zone), the decoder to compute and to answer about notes in words; then the projector alone
+learned to describe pages, and projector and decoder learned all skills, in two parts (`training/stages/tiny_*.yaml`).
+The logs are in `logs/`, the curves:
 
 ![loss curves](curves.png)
 """

@@ -1,7 +1,6 @@
 """Samples as training data on disk: JSON lines of messages, and a PNG a page."""
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from tiny.page import Sample, Skill
+from tiny.page import Sample, Skill, is_one_in_five
 
 
 def as_caption(sample: Sample) -> Sample:
@@ -27,7 +26,7 @@ def as_conversation(sample: Sample) -> Sample:
     if not sample.pages:
         return sample
     description = sample.caption().questions
-    comes_first = zlib.crc32(sample.notes.encode()) % 5 == 0
+    comes_first = is_one_in_five(sample.notes)
     return replace(sample, questions=description + sample.questions if comes_first else sample.questions + description)
 
 

@@ -81,8 +81,8 @@ def accuracy(decoder: Qwen2ForCausalLM, stream: TextStream, *, batches: int, siz
     return right / total
 
 
-def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, *, steps: int, seed: int) -> Qwen2ForCausalLM:
-    """Train a decoder from nothing, save it to `folder` with its log, and return it."""
+def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, *, steps: int, seed: int) -> None:
+    """Train a decoder from nothing, and save it to `folder` with its log."""
     torch.manual_seed(seed)
     decoder = Qwen2ForCausalLM(tiny_decoder_config(tokenizer))
     stream = TextStream(tokenizer, seed=seed, split="train")
@@ -103,4 +103,3 @@ def pretrain_decoder(folder: Path, tokenizer: PreTrainedTokenizerBase, *, steps:
         measure_every=500,
     )
     decoder.save_pretrained(folder)
-    return decoder
